@@ -1,0 +1,184 @@
+"""From documents on disk to masked, flat micro-batches.
+
+Micro-batch `m` is a pure function of (corpus, settings, seed, m): document order, packing and masks come from counters.
+So the global batch is the same on 1 or 8 GPUs, and a resumed run needs nothing but the number of its next micro-batch.
+Padding never exists: every micro-batch is exactly `micro_tokens` real tokens.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prepare_c4 import Corpus, Tokenizer
+
+# ----------------------------------------------------------------------------- batches
+
+
+def shuffled(index: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """Place `index` (int64 array, 0..n-1) in a pseudo-random permutation of n things.
+
+    A four-round Feistel network on the next power of four, walked until the value falls below n: no table, so that
+    C4's 365 million documents are shuffled in no memory, and any place can be computed alone.
+    """
+    half = max((int(n - 1).bit_length() + 1) // 2, 1)
+    low = np.uint64((1 << half) - 1)
+    keys = np.random.default_rng(seed).integers(0, 2**63, size=4, dtype=np.uint64)
+    out = np.array(index, dtype=np.uint64)
+    todo = np.arange(len(out))
+    while len(todo):
+        left, right = out[todo] >> np.uint64(half), out[todo] & low
+        for key in keys:
+            mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)
+            left, right = right, (left ^ (mixed >> np.uint64(40))) & low
+        out[todo] = (left << np.uint64(half)) | right
+        todo = todo[out[todo] >= n]
+    return out.astype(np.int64)
+
+
+@dataclass
+class Batch:
+    """A flat micro-batch on the CPU, before masking."""
+
+    input_ids: Tensor  # (T,) int64
+    cu_seqlens: Tensor  # (B+1,) int32
+    special: Tensor  # (T,) bool: [CLS] and [SEP], never hidden
+    n_documents: int
+
+
+class Batches:
+    """An endless, shuffled stream of flat micro-batches of exactly `micro_tokens` tokens.
+
+    Windows (at most seq_len tokens with their [CLS] and [SEP]) are laid end to end in shuffled order, epoch after
+    epoch; the one that does not fit into the rest of a micro-batch is cut there. Where micro-batch m begins depends on the
+    lengths before it, so those places are counted once, from the start, as far as they are needed (about 10 million
+    windows a second).
+    """
+
+    CHUNK = 65_536
+
+    def __init__(
+        self, corpus: Corpus, tokenizer: Tokenizer, seq_len: int, micro_tokens: int, documents: str, seed: int
+    ):
+        self.corpus, self.tokenizer = corpus, tokenizer
+        self.lengths = corpus.lengths.astype(np.int32)  # of every document: 1.5 GB for all of C4
+        self.seq_len, self.micro_tokens, self.documents, self.seed = seq_len, micro_tokens, documents, seed
+        self.body = seq_len - 2
+        if documents == "all":
+            per_document = -(-self.lengths // self.body)
+            self.first_window = np.concatenate([[0], np.cumsum(per_document)])  # (n_docs+1,)
+            self.n_windows = int(self.first_window[-1])
+        else:
+            self.n_windows = len(corpus)
+        if self.n_windows == 0:
+            raise SystemExit(f"error: {corpus.folder}: the {corpus.split} split has no documents")
+        self.starts = [0]  # place in the stream where each micro-batch begins
+        self.n_special: list[int] = []  # [CLS] and [SEP] in each
+
+    def _windows(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Places in the stream -> document, offset in it, tokens of text."""
+        window = np.empty(len(places), dtype=np.int64)
+        for epoch in np.unique(places // self.n_windows):
+            mine = places // self.n_windows == epoch
+            # the epoch is part of the key: every epoch has an order of its own
+            window[mine] = shuffled(places[mine] % self.n_windows, self.n_windows, self.seed * 1_000_003 + int(epoch))
+        if self.documents == "all":
+            document = np.searchsorted(self.first_window, window, side="right") - 1
+            offset = (window - self.first_window[document]) * self.body
+        else:
+            document, offset = window, np.zeros_like(window)
+        return document, offset, np.minimum(self.lengths[document] - offset, self.body)
+
+    def _plan(self, m: int) -> None:
+        """Extend `starts` until micro-batch m has an end."""
+        while len(self.starts) < m + 2:
+            first = self.starts[-1]
+            lengths = self._windows(np.arange(first, first + max(self.CHUNK, self.micro_tokens)))[2] + 2
+            ends = np.cumsum(lengths)
+            used = 0
+            while True:
+                last = int(np.searchsorted(ends, used + self.micro_tokens))  # the window that fills it up
+                if last >= len(ends):
+                    break
+                start, cut = self.starts[-1] - first, int(ends[last]) - used - self.micro_tokens
+                one_token = int(lengths[last]) - cut == 1  # a rest of one token is a lone [CLS]
+                self.n_special.append(2 * (last + 1 - start) - one_token)
+                self.starts.append(first + last + 1)
+                used = int(ends[last])
+
+    def n_maskable(self, m: int) -> int:
+        """Tokens of text in micro-batch m, known without reading it: how ranks agree on the global count."""
+        self._plan(m)
+        return self.micro_tokens - self.n_special[m]
+
+    def __call__(self, m: int) -> Batch:
+        """Micro-batch m: a pure function of (corpus, settings, seed, m)."""
+        self._plan(m)
+        T = self.micro_tokens
+        ids = np.empty(T, dtype=np.int64)
+        special = np.zeros(T, dtype=bool)
+        document, offset, length = self._windows(np.arange(self.starts[m], self.starts[m + 1]))
+        cu = np.minimum(np.concatenate([[0], np.cumsum(length + 2)]), T).astype(np.int32)
+        for i, (d, o) in enumerate(zip(document.tolist(), offset.tolist())):
+            a, b = cu[i], cu[i + 1]
+            ids[a + 1 : b - 1] = self.corpus[d][o : o + max(b - a - 2, 0)]
+            ids[b - 1] = self.tokenizer.sep_id
+            ids[a] = self.tokenizer.cls_id
+        special[cu[:-1]] = special[cu[1:] - 1] = True
+        return Batch(torch.from_numpy(ids), torch.from_numpy(cu), torch.from_numpy(special), len(document))
+
+    def effective_length(self) -> float:
+        """E[len²] / E[len] over a sample of windows: what attention's FLOPs depend on."""
+        lengths = self._windows(np.arange(min(self.n_windows, 10_000)))[2] + 2
+        return float((lengths.astype(float) ** 2).mean() / lengths.mean())
+
+
+# ----------------------------------------------------------------------------- masking
+
+
+def random_bits(seed: int, stream: int, n: int, device: torch.device | str) -> Tensor:
+    """(n,) int64, 62 random bits each: SplitMix64 (Steele et al. 2014) of (seed, stream, place).
+
+    Counter-based: no state to save, and integer arithmetic gives the same numbers on CPU and GPU.
+    """
+
+    def mix(x):
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * (factor - (1 << 64))
+        return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+    golden = 0x9E3779B97F4A7C15 - (1 << 64)
+    key = mix(mix(torch.tensor(seed * 2 + 1, device=device) * golden) + torch.tensor(stream, device=device) * golden)
+    return mix(key + torch.arange(n, device=device) * golden) & ((1 << 62) - 1)
+
+
+def mask_tokens(
+    batch: Batch, tokenizer: Tokenizer, n_masked: int, corruption: str, seed: int, m: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hide exactly `n_masked` tokens of text of micro-batch `m`, chosen uniformly.
+
+    Returns corrupted ids (T,), masked_idx (n_masked,) in rising order, and labels (n_masked,), the true ids.
+    80/10/10: of the hidden tokens 80 % become [MASK], 10 % a random ordinary token, 10 % stay (Devlin et al. 2019).
+    """
+    ids = batch.input_ids.to(device, non_blocking=True)
+    special = batch.special.to(device, non_blocking=True)
+    bits = random_bits(seed, 2 * m, len(ids), device)
+    order = bits.masked_fill(special, 2**62)  # above every key, so special tokens are never among the smallest
+    masked_idx = torch.topk(order, n_masked, largest=False).indices.sort().values
+    labels = ids[masked_idx]
+    new = torch.full_like(labels, tokenizer.mask_id)
+    if corruption == "80/10/10":
+        bits = random_bits(seed, 2 * m + 1, len(ids), device)[masked_idx]
+        specials = sorted({getattr(tokenizer, f"{s}_id") for s in ("pad", "unk", "cls", "sep", "mask")})
+        other = (bits >> 8) % (tokenizer.vocab_size - len(specials))
+        for s in specials:  # count past the special ids
+            other = other + (other >= s)
+        tenth = bits % 10
+        new = torch.where(tenth == 8, other, torch.where(tenth == 9, labels, new))
+    return ids.index_put((masked_idx,), new), masked_idx, labels
+
+
+def count_masked(batches: Batches, m: int, rate: float) -> int:
+    """How many tokens of micro-batch m to hide: at least one."""
+    return max(1, round(rate * batches.n_maskable(m)))

@@ -1,0 +1,702 @@
+"""The encoder: MosaicBERT and the BERT it is compared with, each ingredient a switch.
+
+    from model import MaskedLM, EncoderConfig, PRESETS
+    model = MaskedLM(EncoderConfig(**PRESETS["mosaic-base"]))                 # 137,400,384 parameters
+    model = MaskedLM.from_pretrained("runs/demo/ckpt/step_00000400")          # own checkpoint
+    model = MaskedLM.from_pretrained("mosaicml/mosaic-bert-base")             # official MosaicBERT
+    model = MaskedLM.from_pretrained("bert-base-uncased")                     # Hugging Face BERT
+
+Two ways in. The training path is flat: documents lie end to end in one `(T,)` row of ids, `cu_seqlens (B+1,)`
+says where each begins, and padding never exists. The front door takes the usual `(B, S)` ids with a mask,
+drops the padding once before the embedding and puts it back once at the end.
+
+What MosaicBERT (Portes et al. 2023, arXiv 2312.17482) changes in BERT, and where to find it below:
+  ALiBi instead of learned positions      Attention      no position table, runs longer than it was trained
+  GeGLU instead of GELU                   FeedForward    +25 % parameters, better loss at every budget
+  no attention dropout                    Attention      what lets flash attention be used at all
+  no padding                              Encoder        every matmul sees real tokens only
+  low-precision LayerNorm                 LayerNorm      half the bytes of the memory-bound step
+  vocabulary a multiple of 64             Embeddings     tensor cores like it
+  head and last layer on masked tokens    Layer, MlmHead 70 % of the last layer and of the vocabulary matmul saved
+"""
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from kernels import alibi_slopes, gather_rows, scatter_rows, unpad, varlen_attention
+
+# ----------------------------------------------------------------------------- config
+
+
+@dataclass
+class EncoderConfig:
+    """Shape and ingredients of an encoder. Every field can be set from the command line of pretrain.py."""
+
+    vocab_size: int = 30_528  # entries of the tokenizer
+    n_layers: int = 12
+    n_heads: int = 12
+    d_model: int = 768  # width of the residual stream
+    d_ff: int = 3_072  # width of the feed-forward; of each of the two halves for geglu
+    position: Literal["alibi", "learned"] = "alibi"
+    max_positions: int = 512  # rows of the position table; ALiBi has no table and no limit
+    mlp: Literal["geglu", "gelu"] = "geglu"
+    norm: Literal["post", "pre"] = "post"  # post: LN(x + f(x)), as BERT; pre: x + f(LN(x)) and a final LN
+    low_precision_norm: bool = True  # LayerNorm in the autocast dtype instead of fp32
+    bias: bool = True  # in the linear layers; geglu's first has none in either case, as upstream
+    embedding_dropout: float = 0.1
+    attention_dropout: float = 0.0  # on the attention probabilities; only the reference path has it
+    output_dropout: float = 0.1  # after attention's output projection
+    mlp_dropout: float = 0.1  # geglu: before the last projection (MosaicBERT); gelu: after it (BERT)
+    classifier_dropout: float = 0.1  # before the classifiers of fine-tuning
+    attention: Literal["auto", "triton", "reference"] = "auto"  # auto: by device, see kernels.py
+    masked_only_last_layer: bool = True  # last layer's projection and feed-forward on the rows asked for
+    vocab_multiple: int = 64  # pad the embedding to a multiple of this
+    tie_head: bool = True  # the MLM decoder is the transposed embedding
+    activation_checkpointing: bool = False  # recompute each layer in the backward: less memory, 1/3 more FLOPs
+    n_token_types: int = 2
+    norm_eps: float = 1e-12
+
+    def __post_init__(self):
+        for name in ("vocab_size", "n_layers", "n_heads", "d_model", "d_ff", "vocab_multiple", "n_token_types"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith("_dropout") and not 0.0 <= value < 1.0:
+                raise ValueError(f"{field.name} is {value}; it must be in [0, 1)")
+            allowed = getattr(field.type, "__args__", None)
+            if allowed and value not in allowed:
+                raise ValueError(f"{field.name} is {value!r}; choose from {', '.join(allowed)}")
+        if self.attention_dropout and self.attention != "reference":
+            raise ValueError(
+                f"attention_dropout {self.attention_dropout} needs attention='reference': "
+                "flash attention keeps no probabilities to drop"
+            )
+        if self.position == "learned" and self.max_positions < 1:
+            raise ValueError(f"max_positions is {self.max_positions}; learned positions need at least 1")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: vocab_size rounded up to vocab_multiple."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    def to_dict(self) -> dict:
+        """Plain dict for config.json; EncoderConfig(**d) is its inverse."""
+        return asdict(self)
+
+
+MOSAIC = dict(position="alibi", mlp="geglu", attention_dropout=0.0, low_precision_norm=True, attention="auto")
+BERT = dict(position="learned", mlp="gelu", attention_dropout=0.1, low_precision_norm=False, attention="reference")
+BASE = dict(n_layers=12, n_heads=12, d_model=768, d_ff=3_072)
+LARGE = dict(n_layers=24, n_heads=16, d_model=1_024, d_ff=4_096)
+SMALL = dict(n_layers=4, n_heads=4, d_model=256, d_ff=1_024)
+TINY = dict(n_layers=3, n_heads=4, d_model=128, d_ff=512)  # a laptop's lunch break
+PRESETS: dict[str, dict] = {
+    "mosaic-base": BASE | MOSAIC,
+    "mosaic-large": LARGE | MOSAIC,
+    "mosaic-small": SMALL | MOSAIC,
+    "mosaic-tiny": TINY | MOSAIC,
+    "bert-base": BASE | BERT,
+    "bert-large": LARGE | BERT,
+    "bert-small": SMALL | BERT,
+    "bert-tiny": TINY | BERT,
+}
+
+
+def flops_per_token(cfg: EncoderConfig, s_eff: float, masked_share: float) -> float:
+    """Training FLOPs (forward + backward) per real token, the numerator of MFU.
+
+    `6 N_layers + 12 L d s_eff + 6 p (d² + d V)`: every weight of a layer does 2 FLOPs forward and 4 backward,
+    attention's two matmuls see `s_eff` keys a token (E[len²]/E[len] over the documents), the MLM head runs on
+    the masked share `p` only. Embeddings are look-ups and count nothing; neither is the last layer's saving
+    subtracted, so that the number compares with other codebases.
+    """
+    d, ff = cfg.d_model, cfg.d_ff
+    per_layer = 4 * d * d + (3 if cfg.mlp == "geglu" else 2) * d * ff
+    attention = 12 * cfg.n_layers * d * s_eff
+    return 6 * cfg.n_layers * per_layer + attention + 6 * masked_share * (d * d + d * cfg.padded_vocab_size)
+
+
+# ----------------------------------------------------------------------------- layers
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last axis, in the autocast dtype when `low_precision` is set.
+
+    Under autocast PyTorch runs LayerNorm in fp32: it reads and writes twice the bytes of bf16 in a step that is
+    bound by memory. MosaicBERT casts input, weight and bias down and switches autocast off; the statistics are
+    still accumulated in fp32 inside the kernel. Without autocast the switch has no effect.
+    """
+
+    def __init__(self, d: int, eps: float, low_precision: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+        self.bias = nn.Parameter(torch.zeros(d))
+        self.eps = eps
+        self.low_precision = low_precision
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        if not torch.is_autocast_enabled(device):
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        dtype = torch.get_autocast_dtype(device) if self.low_precision else torch.float32
+        with torch.autocast(device, enabled=False):
+            weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+            return F.layer_norm(x.to(dtype), self.weight.shape, weight, bias, self.eps)
+
+
+class Embeddings(nn.Module):
+    """Word + token type (+ learned position) -> LayerNorm -> dropout, on flat ids."""
+
+    def __init__(self, cfg: EncoderConfig):
+        super().__init__()
+        self.word = nn.Embedding(cfg.padded_vocab_size, cfg.d_model)
+        self.token_type = nn.Embedding(cfg.n_token_types, cfg.d_model)
+        # ALiBi: distance enters as a bias on the attention scores, so there is no table to outgrow
+        self.position = nn.Embedding(cfg.max_positions, cfg.d_model) if cfg.position == "learned" else None
+        self.norm = LayerNorm(cfg.d_model, cfg.norm_eps, cfg.low_precision_norm)
+        self.dropout = nn.Dropout(cfg.embedding_dropout)
+
+    def forward(self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        x = self.word(input_ids)  # (T, d)
+        if token_type_ids is None:
+            x = x + self.token_type.weight[0]
+        else:
+            x = x + self.token_type(token_type_ids)
+        if self.position is not None:
+            place = torch.arange(len(input_ids), device=input_ids.device)
+            document = torch.searchsorted(cu_seqlens[1:], place, right=True)  # (T,) which document a token is in
+            x = x + self.position(place - cu_seqlens[document])
+        return self.dropout(self.norm(x))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention inside each document, with ALiBi where the config says so.
+
+    ALiBi (Press et al. 2022) adds -slope_h·|i - j| to the scores; |.| because an encoder looks both ways. With
+    no table and no (B, H, S, S) bias in memory, a model trained at 128 tokens runs at 8,192.
+    """
+
+    def __init__(self, cfg: EncoderConfig):
+        super().__init__()
+        self.n_heads = cfg.n_heads
+        self.backend = cfg.attention
+        self.dropout = cfg.attention_dropout
+        self.qkv = nn.Linear(cfg.d_model, 3 * cfg.d_model, bias=cfg.bias)
+        slopes = alibi_slopes(cfg.n_heads) if cfg.position == "alibi" else None
+        self.register_buffer("slopes", slopes, persistent=False)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        T, d = x.shape
+        qkv = self.qkv(x).view(T, 3, self.n_heads, d // self.n_heads)  # (T, 3, H, D)
+        dropout = self.dropout if self.training else 0.0
+        # the seed makes the backward draw the forward's mask again instead of keeping it
+        seed = torch.randint(2**62, (), dtype=torch.int64) if dropout else None
+        slopes = None if self.slopes is None else self.slopes.float()
+        out = varlen_attention(qkv, cu_seqlens, max_seqlen, slopes, dropout_p=dropout, seed=seed, backend=self.backend)
+        return out.view(T, d)
+
+
+class FeedForward(nn.Module):
+    """GeGLU (MosaicBERT) or GELU (BERT), exact erf in both.
+
+    GeGLU: `out(gelu(a) * b)` with a, b the halves of one projection (Shazeer 2020). MosaicBERT keeps d_ff at
+    BERT's 3,072 for each half: more parameters, and still better at equal time.
+    """
+
+    def __init__(self, cfg: EncoderConfig):
+        super().__init__()
+        self.gated = cfg.mlp == "geglu"
+        if self.gated:
+            self.inp = nn.Linear(cfg.d_model, 2 * cfg.d_ff, bias=False)
+        else:
+            self.inp = nn.Linear(cfg.d_model, cfg.d_ff, bias=cfg.bias)
+        self.out = nn.Linear(cfg.d_ff, cfg.d_model, bias=cfg.bias)
+        self.dropout = nn.Dropout(cfg.mlp_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inp(x)  # (T, 2 d_ff) or (T, d_ff)
+        if self.gated:
+            gate, up = h.chunk(2, dim=-1)
+            return self.out(self.dropout(F.gelu(gate) * up))
+        return self.dropout(self.out(F.gelu(h)))
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward with residuals. `rows` limits everything after attention to those rows."""
+
+    def __init__(self, cfg: EncoderConfig):
+        super().__init__()
+        self.pre_norm = cfg.norm == "pre"
+        self.attention = Attention(cfg)
+        self.attention_out = nn.Linear(cfg.d_model, cfg.d_model, bias=cfg.bias)
+        self.attention_norm = LayerNorm(cfg.d_model, cfg.norm_eps, cfg.low_precision_norm)
+        self.mlp = FeedForward(cfg)
+        self.mlp_norm = LayerNorm(cfg.d_model, cfg.norm_eps, cfg.low_precision_norm)
+        self.dropout = nn.Dropout(cfg.output_dropout)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None) -> Tensor:
+        h = self.attention(self.attention_norm(x) if self.pre_norm else x, cu_seqlens, max_seqlen)  # (T, d)
+        if rows is not None:  # keys and values were needed everywhere, the rest only where it is looked at
+            h, x = gather_rows(h, rows), gather_rows(x, rows)  # (R, d)
+        h = self.dropout(self.attention_out(h))
+        if self.pre_norm:
+            x = x + h
+            return x + self.mlp(self.mlp_norm(x))
+        x = self.attention_norm(x + h)
+        return self.mlp_norm(x + self.mlp(x))
+
+
+# ----------------------------------------------------------------------------- encoder
+
+
+class Pretrained(nn.Module):
+    """What the encoder and the models with a head share: initialisation, saving, loading."""
+
+    cfg: EncoderConfig
+    new_keys: list[str]  # filled by from_pretrained: parameters the checkpoint did not have
+
+    def init_weights(self) -> None:
+        """BERT's initialisation: matrices and embeddings N(0, 0.02), biases 0, LayerNorm 1 and 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def n_params(self) -> int:
+        """Number of parameters, a tied matrix counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors into `folder` (made if missing)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"model_type": "nanomosaicbert", "head": type(self).__name__, **self.cfg.to_dict()}
+        if hasattr(self, "n_labels"):
+            config["n_labels"] = self.n_labels
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        tied = {"head.decoder.weight"} if self.cfg.tie_head else set()  # stored once, as the embedding
+        weights = {k: v.detach().contiguous() for k, v in self.state_dict().items() if k not in tied}
+        save_file(weights, folder / "model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, path_or_name: str | Path, n_labels: int | None = None, **overrides):
+        """Load an own checkpoint, an official MosaicBERT or a Hugging Face BERT.
+
+        path_or_name: folder with config.json and model.safetensors or pytorch_model.bin, or a name on the hub.
+        n_labels: for the classifiers; taken from the checkpoint where it has such a head.
+        overrides: fields of EncoderConfig, e.g. `embedding_dropout=0.0`.
+        The encoder's weights must all be there, of the right shape, and nothing unknown beside them; a head the
+        checkpoint does not have is initialised and named in `.new_keys`. Raises ValueError in one line otherwise.
+        """
+        folder = _find_folder(path_or_name)
+        config = json.loads((folder / "config.json").read_text())
+        weights = _read_weights(folder)
+        if config.get("model_type") == "nanomosaicbert":
+            kwargs = {f.name: config[f.name] for f in fields(EncoderConfig) if f.name in config}
+            n_labels = n_labels or config.get("n_labels")
+        else:
+            kwargs, weights = _from_hf_layout(config, weights)
+            if n_labels is None and "classifier.weight" in weights:
+                n_labels = len(weights["classifier.weight"])
+        cfg = EncoderConfig(**{**kwargs, **overrides})
+        model = cls(cfg, n_labels) if issubclass(cls, SequenceClassifier | TokenClassifier) else cls(cfg)
+        _load_weights(model, weights, str(path_or_name))
+        return model
+
+
+class Encoder(Pretrained):
+    """Token ids in, hidden states out."""
+
+    def __init__(self, cfg: EncoderConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.new_keys = []
+        self.embeddings = Embeddings(cfg)
+        self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.n_layers))
+        pre = cfg.norm == "pre"
+        self.final_norm = LayerNorm(cfg.d_model, cfg.norm_eps, cfg.low_precision_norm) if pre else None
+        self.init_weights()
+
+    def flat(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        token_type_ids: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """The training path. Padding does not exist here.
+
+        input_ids (T,) int64 · cu_seqlens (B+1,) int32, from 0 to T, repeats allowed (empty documents) ·
+        max_seqlen: no document is longer · token_type_ids (T,), default all 0 · rows (R,) int64: the rows wanted.
+        Returns (T, d), or (R, d) with `rows`.
+        """
+        if self.cfg.position == "learned" and max_seqlen > self.cfg.max_positions:
+            raise ValueError(
+                f"a document of {max_seqlen} tokens does not fit the {self.cfg.max_positions} learned positions; "
+                "cut it, raise max_positions, or use ALiBi"
+            )
+        x = self.embeddings(input_ids, cu_seqlens, token_type_ids)
+        for i, layer in enumerate(self.layers):
+            last = i == self.cfg.n_layers - 1 and self.cfg.masked_only_last_layer
+            args = (x, cu_seqlens, max_seqlen, rows if last else None)
+            if self.cfg.activation_checkpointing and self.training:
+                x = checkpoint(layer, *args, use_reentrant=False)
+            else:
+                x = layer(*args)
+        if rows is not None and not self.cfg.masked_only_last_layer:
+            x = gather_rows(x, rows)
+        return x if self.final_norm is None else self.final_norm(x)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:
+        """Hidden states (B, S, d) of a padded batch, zero at the padding; or (T, d) of a flat one."""
+        if cu_seqlens is not None:
+            return self.flat(input_ids, cu_seqlens, max_seqlen, token_type_ids)
+        flat, where, shape = _unpad_batch(input_ids, attention_mask, token_type_ids)
+        return _pad_rows(self.flat(**flat), where, shape)
+
+
+def _unpad_batch(input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None):
+    """(B, S) ids and mask -> arguments of Encoder.flat, indices of the real tokens (T,), and (B, S)."""
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; without cu_seqlens it must be (B, S)")
+    B, S = input_ids.shape
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    real = attention_mask.bool()
+    if bool((real[:, 1:] & ~real[:, :-1]).sum(1).add(real[:, 0]).gt(1).any()):
+        raise ValueError("attention_mask has a hole inside a row; documents must be contiguous")
+    if not bool(real.any()):
+        raise ValueError("attention_mask hides every token of the batch")
+    ids, where, cu_seqlens, max_seqlen = unpad(input_ids.unsqueeze(-1), real)
+    flat = {"input_ids": ids.squeeze(-1), "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+    if token_type_ids is not None:
+        flat["token_type_ids"] = token_type_ids.reshape(-1)[where]
+    return flat, where, (B, S)
+
+
+def _pad_rows(x: Tensor, where: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(T, d) -> (B, S, d) with zeros where there was padding."""
+    return scatter_rows(x, where, shape[0] * shape[1]).view(*shape, -1)
+
+
+# ----------------------------------------------------------------------------- heads
+
+
+class MlmHead(nn.Module):
+    """Linear -> GELU -> LayerNorm -> vocabulary, the last one tied to the word embedding."""
+
+    def __init__(self, cfg: EncoderConfig):
+        super().__init__()
+        self.dense = nn.Linear(cfg.d_model, cfg.d_model)
+        self.norm = LayerNorm(cfg.d_model, 1e-12, cfg.low_precision_norm)
+        self.decoder = nn.Linear(cfg.d_model, cfg.padded_vocab_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.norm(F.gelu(self.dense(x))))
+
+
+class MaskedLM(Pretrained):
+    """Encoder with the masked-language-model head."""
+
+    def __init__(self, cfg: EncoderConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.new_keys = []
+        self.encoder = Encoder(cfg)
+        self.head = MlmHead(cfg)
+        self.init_weights()
+        if cfg.tie_head:
+            self.head.decoder.weight = self.encoder.embeddings.word.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        masked_idx: Tensor | None = None,
+    ):
+        """Flat (with cu_seqlens): input_ids (T,), masked_idx (M,) rows to predict, labels (M,) their true ids.
+            Returns logits (M, V), or with labels (loss summed over M, number of right guesses): a sum, because
+            only the trainer knows how many masked tokens the whole batch has over all processes.
+        Padded: input_ids, attention_mask, labels (B, S), labels -100 where nothing is to be predicted.
+            Returns logits (B, S, V), or with labels (mean loss, logits).
+        """
+        if cu_seqlens is not None:
+            h = self.encoder.flat(input_ids, cu_seqlens, max_seqlen, token_type_ids, masked_idx)  # (M, d)
+            logits = self.head(h)  # (M, V)
+            if labels is None:
+                return logits
+            loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+            return loss, (logits.argmax(-1) == labels).sum()
+        flat, where, shape = _unpad_batch(input_ids, attention_mask, token_type_ids)
+        logits = self.head(self.encoder.flat(**flat))  # (T, V)
+        padded = _pad_rows(logits, where, shape)
+        if labels is None:
+            return padded
+        return F.cross_entropy(logits.float(), labels.reshape(-1)[where]), padded
+
+
+class SequenceClassifier(Pretrained):
+    """Pooler (Linear + tanh on [CLS]) -> dropout -> Linear. One label: regression.
+
+    Returns logits (B, n_labels) in fp32. Only the [CLS] row of the last layer is computed after attention.
+    """
+
+    def __init__(self, cfg: EncoderConfig, n_labels: int):
+        super().__init__()
+        self.cfg, self.n_labels = cfg, _check_labels(n_labels)
+        self.new_keys = []
+        self.encoder = Encoder(cfg)
+        self.pooler = nn.Linear(cfg.d_model, cfg.d_model)
+        self.dropout = nn.Dropout(cfg.classifier_dropout)
+        self.classifier = nn.Linear(cfg.d_model, n_labels)
+        self.init_weights()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:
+        """Flat (T,) ids with cu_seqlens, or padded (B, S) ids with attention_mask -> logits (B, n_labels)."""
+        if cu_seqlens is None:
+            flat, _, _ = _unpad_batch(input_ids, attention_mask, token_type_ids)
+        else:
+            flat = dict(
+                input_ids=input_ids, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, token_type_ids=token_type_ids
+            )
+        cu = flat["cu_seqlens"].long()
+        cls = cu[:-1].clamp(max=len(flat["input_ids"]) - 1)  # an empty document has no row of its own
+        h = self.encoder.flat(**flat, rows=cls)  # (B, d)
+        h = h.masked_fill((cu[1:] == cu[:-1]).unsqueeze(-1), 0.0)
+        return self.classifier(self.dropout(torch.tanh(self.pooler(h)))).float()
+
+
+class TokenClassifier(Pretrained):
+    """Dropout -> Linear on every token: named entities, part of speech. Logits (T or B, S, n_labels), fp32."""
+
+    def __init__(self, cfg: EncoderConfig, n_labels: int):
+        super().__init__()
+        self.cfg, self.n_labels = cfg, _check_labels(n_labels)
+        self.new_keys = []
+        self.encoder = Encoder(cfg)
+        self.dropout = nn.Dropout(cfg.classifier_dropout)
+        self.classifier = nn.Linear(cfg.d_model, n_labels)
+        self.init_weights()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:
+        """Flat: logits (T, n_labels). Padded: logits (B, S, n_labels)."""
+        h = self.encoder(input_ids, attention_mask, token_type_ids, cu_seqlens, max_seqlen)
+        return self.classifier(self.dropout(h)).float()
+
+
+class SentenceEmbedder(Pretrained):
+    """Mean of a document's hidden states, of unit length: one vector (B, d) fp32 per document."""
+
+    def __init__(self, cfg: EncoderConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.new_keys = []
+        self.encoder = Encoder(cfg)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:
+        """Flat (T,) ids with cu_seqlens, or padded (B, S) ids with attention_mask -> (B, d). Empty: zeros."""
+        if cu_seqlens is None:
+            flat, _, _ = _unpad_batch(input_ids, attention_mask, token_type_ids)
+        else:
+            flat = dict(
+                input_ids=input_ids, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, token_type_ids=token_type_ids
+            )
+        h, cu = self.encoder.flat(**flat).float(), flat["cu_seqlens"].long()
+        lengths = cu[1:] - cu[:-1]  # (B,)
+        document = torch.repeat_interleave(torch.arange(len(lengths), device=h.device), lengths)  # (T,)
+        sums = h.new_zeros(len(lengths), h.shape[-1]).index_add(0, document, h)
+        return F.normalize(sums / lengths.clamp(min=1).unsqueeze(-1), dim=-1)
+
+
+def _check_labels(n_labels: int | None) -> int:
+    if not n_labels or n_labels < 1:
+        raise ValueError(f"n_labels is {n_labels}; a classifier needs at least 1 (1 = regression)")
+    return n_labels
+
+
+# ----------------------------------------------------------------------------- loading
+
+
+def find_checkpoints(run: str | Path) -> list[Path]:
+    """Complete checkpoints of a run folder, oldest first (empty list: none).
+
+    pretrain.py renames a checkpoint into place when it is whole, so step_<number> is complete and step_*.tmp is not.
+    """
+    found = Path(run).glob("ckpt/step_*")
+    return sorted((p for p in found if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
+
+
+def _find_folder(path_or_name: str | Path) -> Path:
+    """A run folder means its newest checkpoint; other local folders as they are; the rest is asked of the hub."""
+    path = Path(path_or_name)
+    path = (find_checkpoints(path) or [path])[-1]
+    if (path / "config.json").is_file():
+        return path
+    looks_local = path.exists() or (str(path_or_name).count("/") != 1 and not re.fullmatch(r"[\w.-]+", str(path)))
+    if looks_local or os.environ.get("HF_HUB_OFFLINE") == "1":
+        raise ValueError(f"{path_or_name}: no config.json here; give a folder with config.json and weights")
+    from huggingface_hub import snapshot_download  # comes with datasets
+
+    try:
+        files = ["config.json", "*.safetensors", "pytorch_model.bin", "tokenizer.json", "vocab.txt"]
+        return Path(snapshot_download(str(path_or_name), allow_patterns=files))
+    except Exception as e:  # the hub client raises a dozen kinds; the user needs one line
+        raise ValueError(f"{path_or_name}: neither a folder here nor found on the hub ({type(e).__name__})") from e
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    if (folder / "model.safetensors").is_file():
+        return load_file(folder / "model.safetensors")
+    if (folder / "pytorch_model.bin").is_file():
+        return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    raise ValueError(f"{folder}: no model.safetensors and no pytorch_model.bin")
+
+
+# Original name -> ours. Two dialects: Hugging Face BERT and MosaicBERT, which renamed some of it.
+_RENAMES = [
+    (r"gamma$", "weight"),  # bert-base-uncased still has TensorFlow's names for LayerNorm
+    (r"beta$", "bias"),
+    (r"^cls\.predictions\.bias$", "head.decoder.bias"),
+    (r"^cls\.predictions\.decoder\.", "head.decoder."),
+    (r"^cls\.predictions\.transform\.dense\.", "head.dense."),
+    (r"^cls\.predictions\.transform\.LayerNorm\.", "head.norm."),
+    (r"^(bert\.)?pooler\.dense\.", "pooler."),
+    (r"^(bert\.)?embeddings\.", "encoder.embeddings."),
+    (r"\.word_embeddings\.", ".word."),
+    (r"\.token_type_embeddings\.", ".token_type."),
+    (r"\.position_embeddings\.", ".position."),
+    (r"embeddings\.LayerNorm\.", "embeddings.norm."),
+    (r"^(bert\.)?encoder\.layer\.", "encoder.layers."),
+    (r"\.attention\.self\.Wqkv\.", ".attention.qkv."),
+    (r"\.attention\.self\.(query|key|value)\.", r".attention.\1."),
+    (r"\.attention\.output\.dense\.", ".attention_out."),
+    (r"\.attention\.output\.LayerNorm\.", ".attention_norm."),
+    (r"\.mlp\.gated_layers\.", ".mlp.inp."),
+    (r"\.mlp\.wo\.", ".mlp.out."),
+    (r"\.mlp\.layernorm\.", ".mlp_norm."),
+    (r"\.intermediate\.dense\.", ".mlp.inp."),
+    (r"(\.layers\.\d+)\.output\.dense\.", r"\1.mlp.out."),
+    (r"(\.layers\.\d+)\.output\.LayerNorm\.", r"\1.mlp_norm."),
+]
+_IGNORED = r"position_ids$|^cls\.seq_relationship\."  # a constant, and next-sentence prediction, which nobody kept
+
+
+def _from_hf_layout(config: dict, weights: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+    """config.json and state dict of MosaicBERT or Hugging Face BERT -> EncoderConfig fields, our names."""
+    if config.get("model_type", "bert") != "bert":
+        raise ValueError(f"config.json: model_type {config['model_type']!r}; only BERT and MosaicBERT are known")
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise ValueError(f"config.json: hidden_act {config['hidden_act']!r}; only the exact gelu is known")
+    out = {}
+    for name, tensor in weights.items():
+        if re.search(_IGNORED, name):
+            continue
+        for pattern, replacement in _RENAMES:
+            name = re.sub(pattern, replacement, name)
+        out[name] = tensor
+    for name in [n for n in out if ".attention.query." in n]:  # BERT keeps q, k, v apart
+        q_k_v = [out.pop(name.replace(".query.", f".{part}."), None) for part in ("query", "key", "value")]
+        if any(t is None for t in q_k_v):
+            raise ValueError(f"{name}: its key or value is missing from the weights")
+        out[name.replace(".query.", ".qkv.")] = torch.cat(q_k_v)
+    mosaic = any(name.endswith("attention.self.Wqkv.weight") for name in weights)
+    word = out.get("encoder.embeddings.word.weight")
+    dropout = config.get("hidden_dropout_prob", 0.1)
+    attention_dropout = 0.0 if mosaic else config.get("attention_probs_dropout_prob", 0.1)
+    kwargs = dict(
+        **(MOSAIC if mosaic else BERT),
+        vocab_size=config["vocab_size"] if word is None else len(word),  # MosaicBERT's table is padded to 30,528
+        vocab_multiple=1,
+        n_layers=config["num_hidden_layers"],
+        n_heads=config["num_attention_heads"],
+        d_model=config["hidden_size"],
+        d_ff=config["intermediate_size"],
+        max_positions=config.get("max_position_embeddings", 512),
+        n_token_types=config.get("type_vocab_size", 2),
+        norm_eps=config.get("layer_norm_eps", 1e-12),
+        embedding_dropout=dropout,
+        output_dropout=dropout,
+        mlp_dropout=dropout,
+        classifier_dropout=config.get("classifier_dropout") or dropout,
+    )
+    return kwargs | {"attention_dropout": attention_dropout}, out
+
+
+def _load_weights(model: Pretrained, weights: dict[str, Tensor], source: str) -> None:
+    """Copy `weights` (our names) into `model`, refusing what is missing, unknown or misshapen in one line."""
+    if isinstance(model, Encoder):  # a bare encoder is stored without the prefix its owners give it
+        weights = {k.removeprefix("encoder."): v for k, v in weights.items()}
+    elif not any(k.startswith("encoder.") for k in weights):
+        weights = {f"encoder.{k}": v for k, v in weights.items()}
+    head = r"^(head|pooler|classifier)\."
+    own = model.state_dict()
+    if "head.decoder.weight" in own and model.cfg.tie_head and "encoder.embeddings.word.weight" in weights:
+        weights = {**weights, "head.decoder.weight": weights["encoder.embeddings.word.weight"]}
+    wrong_head = isinstance(model, MaskedLM)  # its head is part of what was pretrained: it must be there
+    missing = [k for k in own if k not in weights and (wrong_head or not re.match(head, k))]
+    unknown = [k for k in weights if k not in own and not re.match(head, k)]
+    shapes = [
+        f"{k} {tuple(weights[k].shape)} instead of {tuple(own[k].shape)}"
+        for k in own
+        if k in weights and weights[k].shape != own[k].shape
+    ]
+    problems = [
+        f"{what}: {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        for what, names in (("missing", missing), ("unexpected", unknown), ("wrong shape", shapes))
+        if names
+    ]
+    if problems:
+        raise ValueError(f"{source} does not fit this model; " + "; ".join(problems))
+    model.new_keys = [k for k in own if k not in weights]
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if name in weights:
+                tensor.copy_(weights[name])

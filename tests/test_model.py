@@ -1,0 +1,633 @@
+"""model.py: equal to the originals, flat equals padded, every switch does what it is for."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from model import (
+    PRESETS,
+    Encoder,
+    EncoderConfig,
+    MaskedLM,
+    SentenceEmbedder,
+    SequenceClassifier,
+    TokenClassifier,
+    flops_per_token,
+)
+
+GOLDEN = Path(__file__).parents[1] / "../shared/golden/mosaicbert_small.safetensors"
+SMALL = dict(vocab_size=101, n_layers=2, n_heads=2, d_model=32, d_ff=48, vocab_multiple=1)
+NO_DROPOUT = dict(embedding_dropout=0.0, attention_dropout=0.0, output_dropout=0.0, mlp_dropout=0.0)
+LENGTHS = [7, 1, 12, 3]
+
+
+def small(**changes) -> EncoderConfig:
+    return EncoderConfig(**{**SMALL, **changes})
+
+
+def flat_batch(lengths=LENGTHS, vocab=101, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    cu = torch.tensor([0, *lengths]).cumsum(0).int()
+    return torch.randint(5, vocab, (int(cu[-1]),), generator=g), cu, max(lengths)
+
+
+def padded_batch(lengths=LENGTHS, vocab=101, seed=0):
+    """The same documents as flat_batch, right-padded with garbage."""
+    ids, cu, S = flat_batch(lengths, vocab, seed)
+    out = torch.full((len(lengths), S), 3)
+    mask = torch.zeros_like(out)
+    for b, n in enumerate(lengths):
+        out[b, :n] = ids[cu[b] : cu[b] + n]
+        mask[b, :n] = 1
+    return out, mask
+
+
+# ----------------------------------------------------------------------------- exactness
+
+
+@pytest.mark.parametrize(
+    ("preset", "n"),
+    [
+        ("mosaic-base", 137_400_384),
+        ("mosaic-large", 435_221_312),
+        ("bert-base", 109_518_912),
+        ("bert-large", 335_180_608),
+    ],
+)
+def test_parameter_counts_are_the_papers(preset, n):
+    with torch.device("meta"):
+        assert MaskedLM(EncoderConfig(**PRESETS[preset])).n_params() == n
+
+
+def test_flops_formula_gives_the_published_figure():
+    mosaic = EncoderConfig(**PRESETS["mosaic-base"])
+    assert flops_per_token(mosaic, 128, 0.3) == pytest.approx(736.9e6, rel=1e-3)
+    assert flops_per_token(EncoderConfig(**PRESETS["bert-base"]), 128, 0.15) == pytest.approx(545.4e6, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    if not GOLDEN.exists():
+        pytest.skip("golden vectors of upstream MosaicBERT are not in a plain clone")
+    with safe_open(GOLDEN, "pt") as f:
+        return {k: f.get_tensor(k) for k in f.keys()} | {"config": f.metadata()["config"]}  # noqa: SIM118
+
+
+def upstream_folder(golden, folder: Path, prefixes=("mlm.",)) -> Path:
+    weights = {k.split(".", 1)[1]: v for k, v in golden.items() if k.startswith(prefixes)}
+    (folder / "config.json").write_text(golden["config"])
+    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors")
+    return folder
+
+
+def test_mosaicbert_matches_upstream(golden, tmp_path):
+    """Hidden states, logits, loss: lengths 40 17 1 33 8 3, two segments."""
+    model = MaskedLM.from_pretrained(upstream_folder(golden, tmp_path)).eval()
+    inputs = golden["input_ids"], golden["attention_mask"], golden["token_type_ids"]
+    torch.testing.assert_close(model.encoder(*inputs), golden["hidden"], atol=1e-5, rtol=0)
+    real = golden["attention_mask"].bool()
+    loss, logits = model(*inputs, labels=golden["labels"])
+    torch.testing.assert_close(logits[real], golden["logits"][real], atol=1e-5, rtol=0)
+    torch.testing.assert_close(loss.reshape(1), golden["loss"], atol=1e-5, rtol=0)
+    assert not logits[~real].any(), "padded positions are zero"
+
+
+def test_mosaicbert_gradients_match_upstream_on_the_masked_only_path(golden, tmp_path):
+    model = MaskedLM.from_pretrained(upstream_folder(golden, tmp_path)).eval()
+    real = golden["attention_mask"].bool()
+    labels = golden["labels"][real]
+    masked_idx = (labels != -100).nonzero().squeeze(1)
+    cu = torch.cat([torch.zeros(1), real.sum(1).cumsum(0)]).int()
+    loss, _ = model(
+        golden["input_ids"][real],
+        token_type_ids=golden["token_type_ids"][real],
+        labels=labels[masked_idx],
+        cu_seqlens=cu,
+        max_seqlen=40,
+        masked_idx=masked_idx,
+    )
+    (loss / len(masked_idx)).backward()
+    upstream = {k: v for k, v in golden.items() if k.startswith("grad.")}
+    # read upstream's gradients through the same renaming as its weights
+    folder = tmp_path / "grads"
+    folder.mkdir()
+    (folder / "config.json").write_text(golden["config"])
+    save_file({k[5:]: v.contiguous() for k, v in upstream.items()}, folder / "model.safetensors")
+    gradients = dict(MaskedLM.from_pretrained(folder).named_parameters())
+    assert len(upstream) == len(gradients)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name].data, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_mosaicbert_classifier_matches_upstream(golden, tmp_path):
+    model = SequenceClassifier.from_pretrained(upstream_folder(golden, tmp_path, ("mlm.", "seqcls."))).eval()
+    assert model.n_labels == 3 and not model.new_keys
+    logits = model(golden["input_ids"], golden["attention_mask"], golden["token_type_ids"])
+    torch.testing.assert_close(logits, golden["seqcls_logits"], atol=1e-5, rtol=0)
+
+
+def hf_config(**changes):
+    from transformers import BertConfig
+
+    settings = dict(
+        vocab_size=97,
+        hidden_size=36,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        intermediate_size=50,
+        max_position_embeddings=33,
+        type_vocab_size=3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return BertConfig(**{**settings, **changes})
+
+
+def randomize(module, seed=0):
+    """Weights large enough that a wrong one shows: HF's N(0, 0.02) and zero biases hide mistakes."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn(p.shape, generator=g) * 0.1)
+    return module
+
+
+def gradients_by_our_names(hf_model, folder: Path, cls, **kwargs):
+    """HF gradients under our names, by sending them through the same loader as the weights."""
+    with torch.no_grad():
+        for p in hf_model.parameters():
+            p.copy_(torch.zeros_like(p) if p.grad is None else p.grad)
+    hf_model.save_pretrained(folder)
+    return dict(cls.from_pretrained(folder, **kwargs).named_parameters())
+
+
+@pytest.mark.parametrize("lengths", [[9, 33, 1, 17], [5]])
+def test_bert_mlm_matches_transformers_with_every_gradient(tmp_path, lengths):
+    from transformers import BertForMaskedLM
+
+    hf = randomize(BertForMaskedLM(hf_config())).eval()
+    hf.save_pretrained(tmp_path / "w")
+    ours = MaskedLM.from_pretrained(tmp_path / "w").eval()
+    ids, mask = padded_batch(lengths, vocab=97)
+    types = torch.arange(ids.numel()).reshape(ids.shape) % 3
+    labels = torch.where((torch.arange(ids.numel()).reshape(ids.shape) % 4 == 0) & mask.bool(), ids, -100)
+    theirs = hf(ids, attention_mask=mask, token_type_ids=types, labels=labels)
+    loss, logits = ours(ids, mask, types, labels=labels)
+    torch.testing.assert_close(logits[mask.bool()], theirs.logits[mask.bool()], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss, theirs.loss, atol=1e-5, rtol=0)
+    loss.backward()
+    theirs.loss.backward()
+    gradients = gradients_by_our_names(hf, tmp_path / "g", MaskedLM)
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name].data, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_bert_classifier_matches_transformers_with_every_gradient(tmp_path):
+    from transformers import BertForSequenceClassification
+
+    hf = randomize(BertForSequenceClassification(hf_config(num_labels=4))).eval()
+    hf.save_pretrained(tmp_path / "w")
+    ours = SequenceClassifier.from_pretrained(tmp_path / "w").eval()
+    ids, mask = padded_batch([9, 33, 1, 17], vocab=97)
+    types = (torch.arange(33) > 6).long().expand(4, 33)
+    target = torch.tensor([0, 3, 1, 2])
+    theirs = hf(ids, attention_mask=mask, token_type_ids=types, labels=target)
+    logits = ours(ids, mask, types)
+    torch.testing.assert_close(logits, theirs.logits, atol=1e-5, rtol=1e-5)
+    F.cross_entropy(logits, target).backward()
+    theirs.loss.backward()
+    gradients = gradients_by_our_names(hf, tmp_path / "g", SequenceClassifier, n_labels=4)
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name].data, atol=1e-5, rtol=1e-4, msg=name)
+
+
+# ----------------------------------------------------------------------------- flat, padded, masked-only
+
+
+@pytest.mark.parametrize("position", ["alibi", "learned"])
+def test_flat_equals_padded(position):
+    model = MaskedLM(small(position=position, attention="reference")).eval()
+    ids, cu, S = flat_batch()
+    padded, mask = padded_batch()
+    flat_logits = model(ids, cu_seqlens=cu, max_seqlen=S)
+    torch.testing.assert_close(model(padded, mask)[mask.bool()], flat_logits, atol=1e-6, rtol=1e-5)
+
+
+def test_a_document_does_not_see_its_neighbours():
+    model = Encoder(small()).eval()
+    ids, cu, S = flat_batch()
+    packed = model.flat(ids, cu, S)
+    for a, b in zip(cu[:-1].tolist(), cu[1:].tolist()):
+        alone = model.flat(ids[a:b], torch.tensor([0, b - a], dtype=torch.int32), b - a)
+        torch.testing.assert_close(packed[a:b], alone, atol=1e-6, rtol=1e-5)
+
+
+def test_left_padding_equals_right_padding():
+    model = Encoder(small(position="learned", attention="reference")).eval()
+    ids, mask = padded_batch()
+    left_ids, left_mask = ids.clone(), mask.clone()
+    for b, n in enumerate(LENGTHS):
+        left_ids[b], left_mask[b] = ids[b].roll(ids.shape[1] - n), mask[b].roll(ids.shape[1] - n)
+    torch.testing.assert_close(model(left_ids, left_mask)[left_mask.bool()], model(ids, mask)[mask.bool()])
+
+
+def test_a_mask_with_a_hole_is_refused():
+    ids, mask = padded_batch()
+    mask[2, 4] = 0
+    with pytest.raises(ValueError, match="hole"):
+        Encoder(small())(ids, mask)
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_masked_only_equals_full_in_value_and_gradient(norm):
+    ids, cu, S = flat_batch()
+    masked_idx, results = torch.tensor([1, 5, 7, 20]), []
+    for masked_only in (True, False):
+        torch.manual_seed(0)
+        model = MaskedLM(small(norm=norm, masked_only_last_layer=masked_only, **NO_DROPOUT))
+        loss, right = model(ids, cu_seqlens=cu, max_seqlen=S, masked_idx=masked_idx, labels=ids[masked_idx])
+        loss.backward()
+        results.append((loss, right, {k: p.grad for k, p in model.named_parameters()}))
+    (loss_a, right_a, grads_a), (loss_b, right_b, grads_b) = results
+    torch.testing.assert_close(loss_a, loss_b)
+    assert right_a == right_b
+    for name in grads_a:
+        torch.testing.assert_close(grads_a[name], grads_b[name], atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_masked_only_computes_only_the_masked_rows():
+    rows = {}
+    for masked_only in (True, False):
+        model = MaskedLM(small(masked_only_last_layer=masked_only))
+        model.encoder.layers[-1].mlp.register_forward_hook(
+            lambda _m, args, _o, masked_only=masked_only: rows.__setitem__(masked_only, len(args[0]))
+        )
+        ids, cu, S = flat_batch()
+        model(ids, cu_seqlens=cu, max_seqlen=S, masked_idx=torch.tensor([2, 9]))
+    assert rows == {True: 2, False: sum(LENGTHS)}
+
+
+def test_nothing_is_repadded_on_the_training_path(monkeypatch):
+    """Every linear layer sees exactly the real tokens, or the masked ones."""
+    seen = []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, *a, **k: (seen.append(tuple(x.shape)), linear(x, *a, **k))[1])
+    model = MaskedLM(small())
+    ids, cu, S = flat_batch()
+    model(ids, cu_seqlens=cu, max_seqlen=S, masked_idx=torch.tensor([2, 9, 11]), labels=ids[[2, 9, 11]])
+    assert {shape[0] for shape in seen} == {sum(LENGTHS), 3}
+
+
+# ----------------------------------------------------------------------------- long, empty, odd
+
+
+def test_trained_at_128_runs_at_8192():
+    model = Encoder(small(n_layers=1)).eval()
+    ids, cu, S = flat_batch([8_192])
+    with torch.no_grad():
+        assert torch.isfinite(model.flat(ids, cu, S)).all()
+    with pytest.raises(ValueError, match="learned positions"):
+        Encoder(small(position="learned", attention="reference", max_positions=128)).flat(ids, cu, S)
+
+
+@pytest.mark.parametrize("mode", ["fp32", "autocast", "bf16"])
+def test_finite_on_adversarial_inputs(mode):
+    """One document of 8,192 among 500 of 3, length-1 and empty ones; loss and gradients too."""
+    torch.manual_seed(0)
+    model = MaskedLM(small(n_layers=1, n_heads=1))
+    model = model.bfloat16() if mode == "bf16" else model
+    ids, cu, S = flat_batch([3] * 250 + [8_192, 1, 0, 1] + [3] * 250)
+    masked_idx = torch.arange(0, len(ids), 5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+        loss, _ = model(ids, cu_seqlens=cu, max_seqlen=S, masked_idx=masked_idx, labels=ids[masked_idx])
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_a_row_of_padding_gives_finite_output():
+    ids, mask = padded_batch()
+    mask[1] = 0
+    hidden = Encoder(small())(ids, mask)
+    assert torch.isfinite(hidden).all() and not hidden[1].any()
+    for model in (SequenceClassifier(small(), 3), SentenceEmbedder(small())):
+        out = model(ids, mask)
+        out.sum().backward()
+        assert torch.isfinite(out).all() and all(
+            torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None
+        )
+    mask[:] = 0
+    with pytest.raises(ValueError, match="hides every token"):
+        Encoder(small())(ids, mask)
+
+
+# ----------------------------------------------------------------------------- heads
+
+
+def test_classifier_flat_equals_padded_and_has_the_right_shape():
+    model = SequenceClassifier(small(), 3).eval()
+    ids, cu, S = flat_batch()
+    flat = model(ids, cu_seqlens=cu, max_seqlen=S)
+    assert flat.shape == (4, 3) and flat.dtype == torch.float32
+    torch.testing.assert_close(flat, model(*padded_batch()), atol=1e-6, rtol=1e-5)
+
+
+def test_token_classifier_shapes():
+    model = TokenClassifier(small(), 5).eval()
+    ids, cu, S = flat_batch()
+    padded, mask = padded_batch()
+    assert model(ids, cu_seqlens=cu, max_seqlen=S).shape == (sum(LENGTHS), 5)
+    assert model(padded, mask).shape == (4, S, 5)
+
+
+def test_sentence_embedding_is_the_normalised_mean():
+    model = SentenceEmbedder(small()).eval()
+    padded, mask = padded_batch()
+    hidden = model.encoder(padded, mask)
+    mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    torch.testing.assert_close(model(padded, mask), F.normalize(mean, dim=-1), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cls", [SequenceClassifier, TokenClassifier])
+def test_a_classifier_without_labels_is_refused(cls):
+    with pytest.raises(ValueError, match="n_labels"):
+        cls(small(), 0)
+
+
+# ----------------------------------------------------------------------------- switches
+
+
+def output(seed=0, train=False, **changes):
+    torch.manual_seed(seed)
+    model = randomize(Encoder(small(**changes))).train(train)
+    torch.manual_seed(seed)
+    return model.flat(*flat_batch())
+
+
+def n_params(**changes):
+    return MaskedLM(small(**changes)).n_params()
+
+
+def test_position_switch():
+    assert n_params(position="learned", max_positions=64) - n_params() == 64 * 32
+    ids = torch.full((10,), 7)
+    cu = torch.tensor([0, 10], dtype=torch.int32)
+    hidden = Encoder(small()).eval().flat(ids, cu, 10)
+    # with one repeated token only distance could tell places apart, and a softmax over equal values cannot
+    torch.testing.assert_close(hidden[0], hidden[9], atol=1e-5, rtol=1e-4)
+    assert (Encoder(small(position="learned")).eval().flat(ids, cu, 10)[[0, 9]].diff(dim=0)).abs().max() > 1e-3
+
+
+def test_alibi_makes_order_matter():
+    ids, cu, S = flat_batch([12])
+    model = randomize(Encoder(small())).eval()
+    swapped = ids.clone()
+    swapped[[3, 8]] = ids[[8, 3]]
+    assert (model.flat(ids, cu, S)[0] - model.flat(swapped, cu, S)[0]).abs().max() > 1e-4
+
+
+def test_mlp_switches():
+    assert n_params() - n_params(mlp="gelu") == 2 * (32 * 48 - 48)  # the second half; gelu has a bias
+    assert n_params(d_ff=96) - n_params() == 2 * 3 * 32 * 48
+
+
+def test_norm_switch():
+    assert n_params(norm="pre") - n_params() == 2 * 32
+    assert (output(norm="pre") - output()).abs().max() > 1e-3
+
+
+def test_bias_switch():
+    assert n_params() - n_params(bias=False) == 2 * (3 * 32 + 32 + 32)
+
+
+@pytest.mark.parametrize("place", ["embedding_dropout", "output_dropout", "mlp_dropout", "attention_dropout"])
+def test_dropout_switch(place):
+    changes = {**NO_DROPOUT, "attention": "reference"}
+    torch.testing.assert_close(output(train=True, **changes), output(train=False, **changes))
+    assert (output(train=True, **{**changes, place: 0.4}) - output(train=False, **changes)).abs().max() > 1e-3
+    torch.testing.assert_close(output(train=False, **{**changes, place: 0.4}), output(train=False, **changes))
+
+
+def test_mlp_dropout_sits_where_upstream_has_it():
+    """geglu: on the product, so its zeros pass through the last projection; gelu: after it, so zeros stay zeros."""
+    x = torch.randn(50, 32)
+    torch.manual_seed(0)
+    gated = Encoder(small(mlp_dropout=0.5)).layers[0].mlp(x)
+    plain = Encoder(small(mlp="gelu", mlp_dropout=0.5)).layers[0].mlp(x)
+    assert (gated == 0).float().mean() < 0.01
+    assert 0.4 < (plain == 0).float().mean() < 0.6
+
+
+def test_classifier_dropout_switch():
+    ids, cu, S = flat_batch()
+    for p, same in ((0.0, True), (0.5, False)):
+        torch.manual_seed(0)
+        model = SequenceClassifier(small(**NO_DROPOUT, classifier_dropout=p), 8)
+        a, b = (model(ids, cu_seqlens=cu, max_seqlen=S) for _ in range(2))
+        assert torch.equal(a, b) is same
+
+
+def test_attention_backend_switch():
+    torch.testing.assert_close(output(attention="auto"), output(attention="reference"))
+    with pytest.raises((ValueError, RuntimeError), match=r"(?i)triton"):
+        output(attention="triton")  # on a CPU
+
+
+def test_vocabulary_padding_and_tied_head_switches():
+    assert n_params(vocab_multiple=64) - n_params() == (128 - 101) * (32 + 1)
+    model = MaskedLM(small(tie_head=False))
+    assert n_params(tie_head=False) - n_params() == 101 * 32
+    assert model.head.decoder.weight is not model.encoder.embeddings.word.weight
+    tied = MaskedLM(small())
+    assert tied.head.decoder.weight is tied.encoder.embeddings.word.weight
+
+
+def test_activation_checkpointing_recomputes_and_changes_nothing():
+    ids, cu, S = flat_batch()
+    grads, calls = [], []
+    for on in (False, True):
+        torch.manual_seed(0)
+        model = MaskedLM(small(activation_checkpointing=on))
+        count = []
+        model.encoder.layers[0].mlp.register_forward_hook(lambda *_, count=count: count.append(1))
+        torch.manual_seed(1)
+        loss, _ = model(ids, cu_seqlens=cu, max_seqlen=S, masked_idx=torch.tensor([3, 8]), labels=ids[[3, 8]])
+        loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+        calls.append(len(count))
+    assert calls == [1, 2]
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
+
+
+def test_token_types_and_eps_switches():
+    assert n_params(n_token_types=4) - n_params() == 2 * 32
+    assert (output(norm_eps=0.1) - output()).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (dict(d_model=33), "not a multiple of n_heads"),
+        (dict(attention_dropout=0.1), "needs attention='reference'"),
+        (dict(mlp="swiglu"), "choose from geglu, gelu"),
+        (dict(mlp_dropout=1.0), "must be in"),
+        (dict(n_layers=0), "at least 1"),
+        (dict(position="learned", max_positions=0), "at least 1"),
+    ],
+)
+def test_invalid_combinations_are_refused_with_a_sentence(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        small(**changes)
+
+
+# ----------------------------------------------------------------------------- low-precision LayerNorm
+
+
+def test_low_precision_layernorm_runs_in_the_autocast_dtype_and_is_near_fp32():
+    from model import LayerNorm
+
+    x = torch.randn(500, 64) * 3 + 1
+    exact = F.layer_norm(x.double(), (64,))
+    errors = {}
+    for low in (True, False):
+        norm = LayerNorm(64, 1e-12, low_precision=low)
+        torch.testing.assert_close(norm(x).double(), exact, atol=1e-5, rtol=1e-5)  # without autocast: fp32
+        with torch.autocast("cpu", torch.bfloat16):
+            y = norm(x)
+        assert y.dtype == (torch.bfloat16 if low else torch.float32)
+        errors[low] = (y.double() - exact).abs().max().item()
+    # bf16 keeps 8 bits: values up to ~4 are off by at most a few 2^-7; fp32 by almost nothing
+    assert errors[False] < 1e-5 < errors[True] < 0.04
+
+
+# ----------------------------------------------------------------------------- torch.compile
+
+
+def test_compiles_to_one_graph_and_never_again_for_other_documents():
+    torch._dynamo.reset()
+    model = MaskedLM(small(**NO_DROPOUT))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    masked_idx = torch.tensor([2, 9, 11])
+    for lengths in ([7, 1, 12, 3], [3, 12, 7, 1], [12, 3, 1, 7], [10, 10, 1, 2]):
+        ids, cu, _ = flat_batch(lengths)
+        args = dict(cu_seqlens=cu, max_seqlen=12, masked_idx=masked_idx, labels=ids[masked_idx])
+        loss, right = compiled(ids, **args)
+        expected, right_expected = model(ids, **args)
+        torch.testing.assert_close(loss, expected)
+        assert right == right_expected
+        loss.backward()
+        torch._dynamo.config.error_on_recompile = True
+    torch._dynamo.config.error_on_recompile = False
+
+
+# ----------------------------------------------------------------------------- loading and saving
+
+
+def test_saved_and_loaded_is_bit_for_bit_the_same(tmp_path):
+    for i, cfg in enumerate([small(), small(tie_head=False, norm="pre"), small(position="learned", mlp="gelu")]):
+        model = randomize(MaskedLM(cfg))
+        model.save_pretrained(tmp_path / str(i))
+        again = MaskedLM.from_pretrained(tmp_path / str(i))
+        assert again.cfg == model.cfg and not again.new_keys
+        for (name, a), b in zip(model.state_dict().items(), again.state_dict().values()):
+            assert torch.equal(a, b), name
+
+
+def test_encoder_and_heads_load_from_a_masked_lm_checkpoint(tmp_path):
+    model = randomize(MaskedLM(small())).eval()
+    model.save_pretrained(tmp_path)
+    ids, mask = padded_batch()
+    expected = model.encoder(ids, mask)
+    torch.testing.assert_close(Encoder.from_pretrained(tmp_path).eval()(ids, mask), expected)
+    classifier = SequenceClassifier.from_pretrained(tmp_path, n_labels=2, classifier_dropout=0.3).eval()
+    torch.testing.assert_close(classifier.encoder(ids, mask), expected)
+    assert {k.split(".")[0] for k in classifier.new_keys} == {"pooler", "classifier"}
+    assert classifier.cfg.classifier_dropout == 0.3
+    classifier.save_pretrained(tmp_path / "classifier")
+    again = SequenceClassifier.from_pretrained(tmp_path / "classifier").eval()
+    torch.testing.assert_close(again(ids, mask), classifier(ids, mask))
+    assert TokenClassifier.from_pretrained(tmp_path, n_labels=7).n_labels == 7
+    Encoder.from_pretrained(tmp_path).save_pretrained(tmp_path / "encoder")
+    torch.testing.assert_close(Encoder.from_pretrained(tmp_path / "encoder").eval()(ids, mask), expected)
+
+
+def test_a_run_folder_means_its_newest_complete_checkpoint(tmp_path):
+    for step in (100, 20):
+        model = MaskedLM(small())
+        model.head.decoder.bias.data.fill_(step)
+        model.save_pretrained(tmp_path / "ckpt" / f"step_{step:08d}")
+    (tmp_path / "ckpt" / "step_00000300.tmp").mkdir()
+    assert MaskedLM.from_pretrained(tmp_path).head.decoder.bias[0] == 100
+
+
+def test_pytorch_bin_and_tensorflow_names_load(tmp_path):
+    """bert-base-uncased: LayerNorm gamma and beta, a pooler and next-sentence weights nobody asked for."""
+    from transformers import BertForMaskedLM
+
+    hf = randomize(BertForMaskedLM(hf_config())).eval()
+    hf.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    old = {
+        k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v
+        for k, v in state.items()
+    }
+    old |= {"cls.seq_relationship.weight": torch.zeros(2, 36), "bert.embeddings.position_ids": torch.arange(33)[None]}
+    old |= {"bert.pooler.dense.weight": torch.zeros(36, 36), "bert.pooler.dense.bias": torch.zeros(36)}
+    torch.save(old, tmp_path / "pytorch_model.bin")
+    ids, mask = padded_batch(vocab=97)
+    ours = MaskedLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(ours(ids, mask)[mask.bool()], hf(ids, mask).logits[mask.bool()], atol=1e-5, rtol=1e-5)
+
+
+def test_a_pickle_that_is_not_weights_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    torch.save({"x": Path("/")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(Exception, match=r"(?i)weights"):
+        MaskedLM.from_pretrained(tmp_path)
+
+
+def broken(tmp_path, change):
+    MaskedLM(small()).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    change(weights)
+    save_file(weights, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("encoder.layers.1.mlp.out.bias"), "missing: encoder.layers.1.mlp.out.bias"),
+        (lambda w: w.pop("head.dense.weight"), "missing: head.dense.weight"),
+        (lambda w: w.update(extra=torch.zeros(1)), "unexpected: extra"),
+        (
+            lambda w: w.update({"encoder.layers.0.attention.qkv.weight": torch.zeros(3, 2)}),
+            r"wrong shape: encoder.layers.0.attention.qkv.weight \(3, 2\) instead of \(96, 32\)",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_named_in_one_line(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message) as e:
+        MaskedLM.from_pretrained(broken(tmp_path, change))
+    assert "\n" not in str(e.value)
+
+
+def test_missing_folders_and_files_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for path in (tmp_path, tmp_path / "nothing", "no-such/model"):
+        with pytest.raises(ValueError, match=r"config\.json"):
+            MaskedLM.from_pretrained(path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nanomosaicbert"}))
+    with pytest.raises(ValueError, match=r"no model\.safetensors"):
+        MaskedLM.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="gpt2"):
+        MaskedLM.from_pretrained(tmp_path)
