@@ -51,9 +51,8 @@ class Batches:
     """An endless, shuffled stream of flat micro-batches of exactly `micro_tokens` tokens.
 
     Windows (at most seq_len tokens with their [CLS] and [SEP]) are laid end to end in shuffled order, epoch after
-    epoch; the one that does not fit into the rest of a micro-batch is cut there. Where micro-batch m begins depends on the
-    lengths before it, so those places are counted once, from the start, as far as they are needed (about 10 million
-    windows a second).
+    epoch; the one that does not fit into the rest of a micro-batch is cut there. Where micro-batch m begins depends on
+    the lengths before it, so those places are counted once, from the start, as far as they are needed.
     """
 
     CHUNK = 65_536

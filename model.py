@@ -67,7 +67,8 @@ class EncoderConfig:
     n_token_types: int = 2
     norm_eps: float = 1e-12
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Refuse what cannot work: ValueError with one sentence. Every model calls this first."""
         for name in ("vocab_size", "n_layers", "n_heads", "d_model", "d_ff", "vocab_multiple", "n_token_types"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -324,6 +325,7 @@ class Encoder(Pretrained):
 
     def __init__(self, cfg: EncoderConfig):
         super().__init__()
+        cfg.check()
         self.cfg = cfg
         self.new_keys = []
         self.embeddings = Embeddings(cfg)

@@ -135,6 +135,10 @@ def make_presets() -> dict[str, tuple[str, TrainConfig]]:
 
 def check_config(cfg: TrainConfig, world_size: int) -> None:
     """Refuse settings that cannot work, in one line each."""
+    try:
+        cfg.model.check()
+    except ValueError as e:
+        raise SystemExit(f"error: {e}") from None
     if cfg.seq_len < 3:
         raise SystemExit(f"error: --seq_len {cfg.seq_len}: a document needs [CLS], a token and [SEP], so at least 3")
     if cfg.model.position == "learned" and cfg.seq_len > cfg.model.max_positions:
@@ -500,14 +504,14 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         step, tokens, micro = step + 1, tokens + cfg.batch_tokens, micro + n_micro
         window_masked, window_tokens = window_masked + total_masked, window_tokens + cfg.batch_tokens
 
-        before, elapsed = done, clock.now()
+        before, elapsed, stopping = done, clock.now(), asked_to_stop  # a signal may come at any moment: read it once
         if world > 1:  # one clock and one decision for all
-            agreed = torch.tensor([elapsed, float(asked_to_stop)], dtype=torch.float64)
+            agreed = torch.tensor([elapsed, float(stopping)], dtype=torch.float64)
             dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=control)
-            elapsed, asked_to_stop = agreed[0].item(), bool(agreed[1])
+            elapsed, stopping = agreed[0].item(), bool(agreed[1])
         done = done_at(step, tokens, elapsed)
         finished = done >= 1.0
-        leaving = finished or asked_to_stop
+        leaving = finished or stopping
 
         if step % cfg.log_every == 0 or leaving:
             if world > 1:
@@ -575,7 +579,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
                 tqdm.write(f"saved {path}")
             clock.start()
             window_start = clock.now()
-        if asked_to_stop and not finished:
+        if stopping and not finished:
             if rank == 0:
                 tqdm.write(f"stopped at step {step:,}; the same command continues")
             break
@@ -588,13 +592,10 @@ def train(preset: str, cfg: TrainConfig) -> Path:
 
 def main() -> None:
     """Command line: preset first, then any setting."""
-    try:
-        presets = make_presets()
-        if len(sys.argv) > 1 and not sys.argv[1].startswith("-") and sys.argv[1] not in presets:
-            raise SystemExit(f"error: unknown preset {sys.argv[1]!r}; choose from {', '.join(presets)}")
-        cfg = tyro.extras.overridable_config_cli(presets, use_underscores=True)
-    except ValueError as e:  # EncoderConfig refuses combinations that cannot work
-        raise SystemExit(f"error: {e}") from None
+    presets = make_presets()
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-") and sys.argv[1] not in presets:
+        raise SystemExit(f"error: unknown preset {sys.argv[1]!r}; choose from {', '.join(presets)}")
+    cfg = tyro.extras.overridable_config_cli(presets, use_underscores=True)
     train(sys.argv[1], cfg)
 
 

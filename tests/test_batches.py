@@ -33,9 +33,9 @@ def test_every_micro_batch_is_exactly_full_of_whole_documents(corpus_dir, tokeni
     batches = make(corpus_dir, tokenizer, documents)
     for m in range(20):
         b = batches(m)
-        assert b.input_ids.shape == (T,) and b.cu_seqlens[0] == 0 and b.cu_seqlens[-1] == T
+        assert b.input_ids.shape == (T,) and int(b.cu_seqlens[0]) == 0 and b.cu_seqlens[-1] == T
         lengths = b.cu_seqlens.diff()
-        assert len(lengths) == b.n_documents and 0 < lengths.min() and lengths.max() <= S
+        assert len(lengths) == b.n_documents and lengths.min() > 0 and lengths.max() <= S
         starts, ends = b.cu_seqlens[:-1].long(), b.cu_seqlens[1:].long() - 1
         assert (b.input_ids[starts] == tokenizer.cls_id).all()
         assert (b.input_ids[ends[lengths > 1]] == tokenizer.sep_id).all()

@@ -483,7 +483,7 @@ def test_token_types_and_eps_switches():
 )
 def test_invalid_combinations_are_refused_with_a_sentence(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
-        small(**changes)
+        Encoder(small(**changes))
 
 
 # ----------------------------------------------------------------------------- low-precision LayerNorm
