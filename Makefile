@@ -1,0 +1,72 @@
+# make demo    the whole pipeline on two CPU cores, about 10 minutes:  make demo [SOURCE=...] [TASK=RTE GLUE_DIR=...]
+# make test    the test suite;  make test-slow  the longer proofs;  make lint  ruff;  make plots  every plot of runs/
+
+SOURCE ?= docstrings
+MINUTES ?= 2
+VOCAB ?= 4096
+# the corpus's own name keeps two demos on two corpora apart
+NAME := demo-$(basename $(basename $(notdir $(SOURCE))))
+DATA := data/$(NAME)
+RUNS := runs/$(NAME)
+# the labelled task: derived from held-out text of the corpus, or a GLUE task from local files
+TASK ?= word-order
+GLUE_DIR ?=
+ifeq ($(TASK),word-order)
+TASK_FLAGS = --task word-order --train $(DATA)/task/train.tsv --dev $(DATA)/task/dev.tsv
+else
+TASK_FLAGS = --task $(TASK) $(if $(GLUE_DIR),--glue_dir $(GLUE_DIR))
+endif
+
+PYTHON ?= python3
+PY = .venv/bin/python
+# No GPU: prefer PyTorch's CPU wheels (0.2 GB) to the CUDA ones (several GB) if their index answers.
+CPU_INDEX = https://download.pytorch.org/whl/cpu
+
+.PHONY: demo test test-slow lint plots clean
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv .venv
+	@if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
+		echo "no NVIDIA GPU: looking for the CPU build of torch"; \
+		$(PY) -m pip install --quiet --retries 0 --timeout 10 --index-url $(CPU_INDEX) "$$(grep '^torch' requirements.txt)" \
+			>/dev/null 2>&1 || echo "its index does not answer; taking torch from the default index"; \
+	fi
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+demo: .venv/installed
+	@echo "[1/6] corpus, tokenizer and a labelled task from $(SOURCE) -> $(DATA)"
+	@$(PY) prepare_c4.py $(SOURCE) --out $(DATA) --vocab_size $(VOCAB) --val_fraction 0.02 --task_examples 4000
+	@echo "[2/6] pretraining a MosaicBERT shape for $(MINUTES) minutes -> $(RUNS)-mosaic"
+	@$(PY) pretrain.py mosaic-tiny --data $(DATA) --name $(NAME)-mosaic --max_minutes $(MINUTES) --checkpoint_every 0.2
+	@echo "[3/6] pretraining a BERT shape for $(MINUTES) minutes -> $(RUNS)-bert"
+	@$(PY) pretrain.py bert-tiny --data $(DATA) --name $(NAME)-bert --max_minutes $(MINUTES) --checkpoint_every 0.2
+	@echo "[4/6] fine-tuning every checkpoint of both on $(TASK)"
+	@$(PY) finetune_glue.py $(RUNS)-mosaic $(RUNS)-bert --checkpoints all --from_scratch $(TASK_FLAGS) \
+		--max_len 128 --seeds 1 --lr 5e-4 --epochs 3 --batch_size 32
+	@echo "[5/6] filling in masks"
+	@$(PY) fill_mask.py $(RUNS)-mosaic "if the file does not [MASK], an error is raised." \
+		"this function [MASK] a list of strings." "the default [MASK] is none." \
+		"return the number of [MASK] in the array." "it is one of the [MASK] important parts of the world."
+	@echo "[6/6] plots"
+	@$(PY) plots.py pareto $(RUNS)-mosaic $(RUNS)-bert --out plots/pareto.png
+	@$(PY) plots.py loss $(RUNS)-mosaic $(RUNS)-bert --out plots/loss.png
+	@echo "done: runs $(RUNS)-mosaic and $(RUNS)-bert, tables $(RUNS)-*/glue/, pictures plots/pareto.png and plots/loss.png"
+
+test: .venv/installed
+	$(PY) -m pytest
+
+test-slow: .venv/installed
+	$(PY) -m pytest -m slow
+
+lint: .venv/installed
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+
+plots: .venv/installed
+	$(PY) plots.py pareto runs/* --out plots/pareto.png
+	$(PY) plots.py loss runs/* --out plots/loss.png
+
+clean:
+	rm -rf .venv data runs plots

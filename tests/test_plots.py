@@ -1,0 +1,452 @@
+"""plots.py: what is read from a run folder, what is computed from it, and that the pictures can be read."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.axis import XTick, YTick
+
+import plots
+
+REPO = Path(plots.__file__).parent
+
+
+# ------------------------------------------------------------------------------------------ fake run folders
+def train_line(step, loss=5.0, **extra):
+    record = {"type": "train", "step": step, "tokens": step * 1000, "loss": loss, "accuracy": 0.2, "lr": 1e-3}
+    record |= {"masking": 0.3, "tok_per_s": 9000.0 + step, "mfu": 0.5, "train_seconds": step * 0.5}
+    return record | {"gpu_seconds": step * 1.0, "dollars": step * 0.001} | extra
+
+
+def glue_line(step, score, task="RTE", seed=19, **extra):
+    record = {"type": "glue", "task": task, "step": step, "seed": seed, "score": score, "metrics": {"accuracy": score}}
+    record |= {"checkpoint": f"ckpt/step_{step:08d}" if step else "random", "majority": 0.5, "tokens": step * 1000}
+    record |= {"pretrain_seconds": step * 0.5, "pretrain_gpu_seconds": step * 1.0, "pretrain_dollars": step * 0.001}
+    return record | {"device": "fine-tuning device", "family": "from glue", "preset": "from glue"} | extra
+
+
+def make_run(
+    folder, lines=(), glue=(), family="mosaic", preset="mosaic-tiny", device="a CPU", seq_len=128, header=True
+):
+    """Writes a run folder. Lines are records, or bytes to be written as they are."""
+    (folder / "glue").mkdir(parents=True, exist_ok=True)
+    about = {"type": "header", "device": device, "world_size": 1, "family": family, "preset": preset}
+    as_bytes = lambda r: r if isinstance(r, bytes) else json.dumps(r).encode() + b"\n"
+    (folder / "log.jsonl").write_bytes(b"".join(map(as_bytes, [about] * header + list(lines))))
+    for task in {r["task"] if isinstance(r, dict) else "RTE" for r in glue}:
+        own = [r for r in glue if (r["task"] if isinstance(r, dict) else "RTE") == task]
+        (folder / "glue" / f"{task}.jsonl").write_bytes(b"".join(map(as_bytes, own)))
+    (folder / "config.json").write_text(json.dumps({"train": {"seq_len": seq_len}, "family": family}))
+    return str(folder)
+
+
+def full_run(folder, level=0.0, rate=1.0, tasks=("RTE", "CoLA"), seeds=(1, 2, 3), **about):
+    steps = range(10, 801, 10)
+    log = [train_line(s, 3 + 6 * math.exp(-s / 200) - level, train_seconds=s * rate) for s in steps]
+    log += [{**train_line(s, 3.1 + 6 * math.exp(-s / 200) - level), "type": "eval"} for s in range(100, 801, 100)]
+    glue = [
+        glue_line(s, 0.5 + 0.04 * k + level * bool(s) + 0.003 * seed, task, seed, pretrain_seconds=s * rate)
+        for k, s in enumerate([0, 100, 200, 400, 800])
+        for task in tasks
+        for seed in seeds
+    ]
+    return make_run(folder, log, glue, **about)
+
+
+@pytest.fixture
+def two_runs(tmp_path):
+    mosaic = full_run(tmp_path / "runs" / "mosaic-a", level=0.1)
+    return mosaic, full_run(tmp_path / "runs" / "bert-a", rate=0.8, family="bert", preset="bert-tiny")
+
+
+def drawn(monkeypatch, figure, *args, **kwargs):
+    """Draws a figure and returns it, still open (matplotlib's Figure), after it was written to disk."""
+    kept = []
+    monkeypatch.setattr(plots.plt, "close", kept.append)
+    figure(*args, **kwargs)
+    monkeypatch.undo()
+    return kept[0]
+
+
+# --------------------------------------------------------------------------------------------------- reading
+def test_last_record_of_a_repeated_step_wins(tmp_path):
+    log = [train_line(10, 9.0), train_line(20, 8.0), train_line(30, 7.0), {"type": "header", "device": "a CPU"}]
+    run = plots.load((make_run(tmp_path / "r", [*log, train_line(20, 6.0), train_line(30, 5.0)]),))[0]
+    assert run.train["step"].tolist() == [10, 20, 30]
+    assert run.train["loss"].tolist() == [9.0, 6.0, 5.0]
+
+
+def test_damaged_lines_are_skipped_and_counted(tmp_path, capsys):
+    half = json.dumps(train_line(20)).encode()[:40]
+    lines = [
+        train_line(10),
+        half + json.dumps({"type": "header", "device": "a CPU"}).encode() + b"\n",  # killed, then resumed
+        b"\x00\xff\x00\n",
+        b"[1, 2]\n",
+        b"17\n",
+        b"\n",  # an empty line is not damage
+        {"type": "train", "step": 25, "tokens": 1},  # no loss
+        {"type": "train", "step": "x", "tokens": 1, "loss": 2.0},
+        {"type": "something else"},  # not for us, not damaged
+        b"[" * 100_000 + b"\n",
+        train_line(30, mfu=None, dollars="?"),  # optional fields may be absent
+        half,  # being written right now
+    ]
+    run = plots.load((make_run(tmp_path / "r", lines, [glue_line(10, 0.5), b'{"type": "glue", "ta\n']),))[0]
+    assert run.train["step"].tolist() == [10, 30]
+    assert math.isnan(run.train["mfu"][1]) and math.isnan(run.train["dollars"][1])
+    assert len(run.glue) == 1
+    assert "skipped 9 damaged" in capsys.readouterr().err  # 8 in the log, 1 in glue
+
+
+def test_a_job_run_again_counts_once_by_its_last_line(tmp_path):
+    jobs = [glue_line(10, 0.5, seed=1), glue_line(10, 0.6, seed=2), glue_line(10, 0.9, seed=1)]
+    run = plots.load((make_run(tmp_path / "r", [], jobs),))[0]
+    assert sorted(r["score"] for r in run.glue) == [0.6, 0.9]
+
+
+def test_device_and_family_are_those_of_pretraining(tmp_path):
+    moved = [train_line(10), {"type": "header", "device": "NVIDIA H200", "world_size": 8, "family": "bert"}]
+    run = plots.load((make_run(tmp_path / "r", moved, [glue_line(10, 0.5)]),), logs=False)[0]
+    assert (run.device, run.family) == ("a CPU then 8× NVIDIA H200", "bert")
+    run = plots.load((make_run(tmp_path / "s", [], [glue_line(10, 0.5)], header=False),))[0]
+    assert (run.device, run.family) == ("fine-tuning device", "from glue")
+
+
+def test_strided_reading_keeps_held_out_records_and_sees_damage(tmp_path):
+    lines = []
+    for step in range(1, 1001):
+        lines.append(train_line(step))
+        if step % 100 == 0:
+            lines += [{**train_line(step), "type": "eval"}, b'{"type": "train", "st{"type": "train", "step": 3}\n']
+    make_run(tmp_path / "r", lines)
+    records, skipped = plots.read_jsonl(tmp_path / "r" / "log.jsonl", stride=7)
+    kinds = [r["type"] for r in records]
+    assert (kinds.count("eval"), kinds.count("header"), skipped) == (10, 1, 10)
+    assert 130 < kinds.count("train") <= 145
+    records, _ = plots.read_jsonl(tmp_path / "r" / "log.jsonl", stride=math.inf)
+    assert {r["type"] for r in records} == {"eval", "header"}
+
+
+# ------------------------------------------------------------------------------------------------ statistics
+def test_frontier_is_the_non_dominated_points():
+    # (1, 5) is cheapest; (2, 5) is no better than it; (3, 7) and (6, 9) improve; (4, 6), (5, 7), (7, 8) do not.
+    x, y = [1, 2, 3, 4, 5, 6, 7], [5, 5, 7, 6, 7, 9, 8]
+    assert plots.frontier(x, y).tolist() == [True, False, True, False, False, True, False]
+    assert plots.frontier([3, 1, 2], [7, 5, 6], lower=True).tolist() == [False, True, False]
+    assert plots.frontier([2, 2, 2], [1, 3, 3]).tolist() == [False, True, True]  # equals do not beat each other
+    assert plots.frontier([], []).tolist() == []
+
+
+def test_frontier_equals_its_definition_on_random_points():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        x, y = rng.integers(0, 6, (2, 12)).astype(float)
+        beaten = [
+            any(x[j] <= x[i] and y[j] >= y[i] and (x[j] < x[i] or y[j] > y[i]) for j in range(12)) for i in range(12)
+        ]
+        assert plots.frontier(x, y).tolist() == [not b for b in beaten]
+
+
+def test_standard_error_by_hand():
+    assert plots.standard_error([1.0, 2.0, 3.0, 4.0]) == pytest.approx(math.sqrt(5 / 3) / 2)
+    assert math.isnan(plots.standard_error([1.0]))
+
+
+def record(path, task, score, step=10, **extra):
+    return {"series": "s", "family": "f", "path": path, "step": step, "task": task, "score": score, "cost": 4.0} | extra
+
+
+def test_error_of_one_run_is_over_its_seeds():
+    scores = {"RTE": [0.60, 0.62, 0.64], "CoLA": [0.1, 0.3], "MNLI": [0.8]}
+    (p,) = plots.points([record("a", t, s) for t in scores for s in scores[t]], "cost")
+    assert p.y == pytest.approx((0.62 + 0.2 + 0.8) / 3)  # tasks weigh the same, however many seeds
+    rte, cola = 0.02 / math.sqrt(3), 0.1  # s = 0.02 of 3 seeds; s = 0.1414 of 2; one seed tells nothing
+    assert p.err == pytest.approx(math.sqrt(rte**2 + cola**2) / 3)
+    assert (p.n_runs, p.n_seeds, p.x) == (1, 3, 4.0)
+
+
+def test_error_of_replicate_runs_is_over_runs_not_over_all_seeds():
+    runs = {"a": [0.60, 0.62], "b": [0.70, 0.72], "c": [0.80, 0.82]}
+    (p,) = plots.points([record(r, "RTE", s) for r in runs for s in runs[r]], "cost")
+    assert p.y == pytest.approx(0.71)
+    assert p.err == pytest.approx(0.1 / math.sqrt(3))
+    assert p.n_runs == 3
+
+
+def test_a_record_without_the_cost_is_left_out():
+    assert plots.points([record("a", "RTE", 0.5, cost=None), record("a", "RTE", 0.5, cost=math.nan)], "cost") == []
+
+
+def test_smoothing_keeps_a_constant_and_passes_over_nan():
+    assert plots.smooth(np.full(9, 2.0), 4) == pytest.approx(np.full(9, 2.0))
+    assert plots.smooth(np.array([1.0, math.nan, 3.0]), 3) == pytest.approx([1.0, 2.0, 3.0])
+    assert len(plots.smooth(np.array([]), 0)) == 0
+
+
+def test_only_tasks_that_all_checkpoints_have_are_averaged(tmp_path, capsys):
+    jobs = [glue_line(10, 0.6, "RTE"), glue_line(10, 0.2, "CoLA"), glue_line(20, 0.7, "RTE")]
+    runs = plots.load((make_run(tmp_path / "r", [], jobs),))
+    assert plots.pareto_records(runs, "glue", "seconds", "", "family")[1] == ["RTE"]
+    assert "CoLA" in capsys.readouterr().err
+    assert plots.pareto_records(runs, "glue", "seconds", "CoLA", "family")[1] == ["CoLA"]
+
+
+def test_presets_of_a_family_are_lines_of_their_own(tmp_path):
+    folders = [full_run(tmp_path / p, preset=p) for p in ("mosaic-tiny", "mosaic-small")]
+    folders += [full_run(tmp_path / f"bert-{i}", family="bert", preset="bert-tiny") for i in range(2)]
+    runs = plots.load(tuple(folders))
+    assert list(plots.name_series(runs, by_run=False).values()) == ["mosaic-tiny", "mosaic-small", "bert", "bert"]
+    assert list(plots.name_series(runs, by_run=True).values()) == ["mosaic-tiny", "mosaic-small", "bert-0", "bert-1"]
+
+
+def test_a_family_has_the_same_colour_in_every_figure():
+    alone = plots.styles({"bert": "bert", "mosaic": "mosaic"})
+    crowd = plots.styles({"aaa": "aaa", "bert-tiny": "bert", "bert-big": "bert", "mosaic": "mosaic"})
+    assert alone["bert"]["color"] == crowd["bert-tiny"]["color"] == crowd["bert-big"]["color"]
+    assert alone["mosaic"]["color"] == crowd["mosaic"]["color"]
+    assert len({(str(s["linestyle"]), s["marker"]) for s in crowd.values()}) == 4  # told apart without colour
+
+
+# ---------------------------------------------------------------------------------------------------- figures
+FIGURES = ["pareto", "loss", "masking", "throughput", "glue"]
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_png_and_svg_are_written_and_whole(name, two_runs, tmp_path, capsys):
+    out = tmp_path / "new" / "folder" / f"{name}.png"
+    getattr(plots, name)(two_runs, out=str(out))
+    assert plt.imread(out).shape[1] > 600
+    assert ElementTree.parse(out.with_suffix(".svg")).getroot().tag.endswith("svg")
+    assert capsys.readouterr().out.split() == [str(out), str(out.with_suffix(".svg"))]
+    assert sorted(p.name for p in out.parent.iterdir()) == [f"{name}.png", f"{name}.svg"]  # no temporary left
+
+
+def test_the_same_data_gives_the_same_svg(two_runs, tmp_path):
+    for out in ("a.png", "b.png"):
+        plots.pareto(two_runs, out=str(tmp_path / out))
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+def test_a_failed_drawing_leaves_the_old_file(two_runs, tmp_path, monkeypatch):
+    (tmp_path / "p.png").write_text("old")
+
+    def full_disk(self, path, **_):
+        Path(path).write_text("half")
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        plots.pareto(two_runs, out=str(tmp_path / "p.png"))
+    assert (tmp_path / "p.png").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["p.png"]
+
+
+def visible_texts(fig):
+    """(text, box in pixels) of all that is written: titles, labels, tick labels, legend, annotations."""
+    fig.canvas.draw()
+    beyond = set()  # tick labels outside the limits exist, but are not drawn
+    for ax in fig.axes:
+        for kind, axis in ((XTick, ax.xaxis), (YTick, ax.yaxis)):
+            low, high = sorted(axis.get_view_interval())
+            outside = [t for t in ax.findobj(kind) if not low <= t.get_loc() <= high]
+            beyond |= {id(label) for t in outside for label in (t.label1, t.label2)}
+    texts = [t for t in fig.findobj(plt.Text) if t.get_visible() and t.get_text().strip() and id(t) not in beyond]
+    return [(t.get_text(), t.get_window_extent()) for t in texts]
+
+
+def overlaps(fig):
+    texts = visible_texts(fig)
+    pairs = [
+        (a, b) for i, (a, box) in enumerate(texts) for b, other in texts[:i] if box.shrunk(0.98, 0.9).overlaps(other)
+    ]
+    outside = [
+        t for t, box in texts if box.x0 < -1 or box.y0 < -1 or box.x1 > fig.bbox.x1 + 1 or box.y1 > fig.bbox.y1 + 1
+    ]
+    return pairs, outside
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_no_text_overlaps_or_is_cut_off(name, two_runs, tmp_path, monkeypatch):
+    fig = drawn(monkeypatch, getattr(plots, name), two_runs, out=str(tmp_path / "p.png"))
+    assert len(visible_texts(fig)) > 8
+    assert overlaps(fig) == ([], [])
+
+
+def test_no_text_overlaps_in_a_crowded_pareto(tmp_path, monkeypatch):
+    glue = sorted(plots.GLUE)
+    runs = [full_run(tmp_path / f"a run with quite a long name, number {i}", level=i / 50, tasks=glue, rate=3 + i,
+                     device=f"a device called {i % 2}", preset=f"size {i}") for i in range(8)]  # fmt: skip
+    for options in ({"by": "run"}, {"published": True}, {"published": True, "x": "gpu_hours", "linear": True}):
+        fig = drawn(monkeypatch, plots.pareto, tuple(runs), out=str(tmp_path / "p.png"), **options)
+        assert overlaps(fig) == ([], []), options
+
+
+def texts_of(fig):
+    return " ".join(" ".join(t.get_text() for t in fig.findobj(plt.Text)).split())
+
+
+def test_pareto_rings_the_frontier_and_shows_baselines(two_runs, tmp_path, monkeypatch):
+    fig = drawn(monkeypatch, plots.pareto, two_runs, out=str(tmp_path / "p.png"), task="RTE", linear=True)
+    ax = fig.axes[0]
+    (ring,) = [line for line in ax.lines if line.get_markersize() == 11]
+    # bert is cheaper (0.8 s per step) but worse by 10 points, so only its first checkpoint is on the frontier.
+    expected = [(80, 54.6), (100, 64.6), (200, 68.6), (400, 72.6), (800, 76.6)]
+    assert list(zip(ring.get_xdata()[:-1] * 60, ring.get_ydata())) == [pytest.approx(p) for p in expected]
+    assert ax.get_xlim()[0] == 0
+    at_edge = [line for line in ax.lines if line.get_markerfacecolor() == "white"]
+    assert [line.get_ydata()[0] for line in at_edge] == pytest.approx([50.6, 50.6])
+    text = texts_of(fig)
+    assert "RTE dev accuracy against pretraining time" in text and "majority class" in text
+    assert "3 fine-tuning seeds" in text and "± 1 standard error" in text and "on a CPU" in text
+    assert any(np.allclose(line.get_ydata(), 50.0) for line in ax.lines)  # the majority class
+
+
+def test_pareto_says_when_devices_differ(tmp_path, monkeypatch):
+    runs = full_run(tmp_path / "a", device="A100"), full_run(tmp_path / "b", device="H200", family="bert")
+    fig = drawn(monkeypatch, plots.pareto, runs, out=str(tmp_path / "p.png"))
+    assert "Different devices, so these costs do not compare: mosaic on A100; bert on H200" in texts_of(fig)
+    fig = drawn(monkeypatch, plots.pareto, runs, out=str(tmp_path / "p.png"), x="tokens")
+    assert "Different devices: mosaic on A100; bert on H200" in texts_of(fig)
+
+
+def test_pareto_of_held_out_loss_takes_costs_from_the_training_records(tmp_path, monkeypatch):
+    held_out = {"type": "eval", "step": 20, "tokens": 20_000, "loss": 4.0, "accuracy": 0.3, "train_seconds": 10.0}
+    log = [train_line(10, gpu_seconds=7200.0), held_out, train_line(30, gpu_seconds=21600.0)]
+    run = make_run(tmp_path / "r", [*log, {**held_out, "step": 30, "loss": 3.5}])
+    fig = drawn(monkeypatch, plots.pareto, (run,), out=str(tmp_path / "p.png"), metric="loss", x="gpu_hours")
+    (ring,) = [line for line in fig.axes[0].lines if line.get_markersize() == 11]
+    assert list(zip(ring.get_xdata(), ring.get_ydata()))[:2] == [pytest.approx((4, 4.0)), pytest.approx((6, 3.5))]
+    assert "loss (nats)" in texts_of(fig)
+
+
+def test_weights_of_unknown_cost_are_not_shown_as_untrained(tmp_path, monkeypatch, capsys):
+    downloaded = [glue_line(0, 0.9, checkpoint="model.safetensors", pretrain_seconds=None)]
+    runs = full_run(tmp_path / "a"), make_run(tmp_path / "b", [], downloaded, family="other")
+    fig = drawn(monkeypatch, plots.pareto, runs, out=str(tmp_path / "p.png"), task="RTE")
+    assert "no pretrain_seconds known, left out: other" in capsys.readouterr().err
+    assert len([line for line in fig.axes[0].lines if line.get_markerfacecolor() == "white"]) == 1  # a's
+
+
+def test_axis_is_logarithmic_when_the_costs_span_more_than_ten(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "r", [], [glue_line(s, 0.6) for s in (10, 100, 900)])
+    scale = lambda **k: drawn(monkeypatch, plots.pareto, (run,), str(tmp_path / "p.png"), **k).axes[0].get_xscale()
+    assert (scale(), scale(linear=True)) == ("log", "linear")
+    run = make_run(tmp_path / "r", [], [glue_line(s, 0.6) for s in (100, 900)])
+    assert (scale(), scale(log=True)) == ("linear", "log")
+
+
+def test_published_points_are_sourced_and_only_shown_where_comparable(capsys):
+    data = json.loads(plots.PUBLISHED.read_text(encoding="utf-8"))
+    for p in data["points"]:
+        assert p["mark"] in data["marks"] and p["source"] and p["hardware"] and p["protocol"]
+        assert len(p["hours"]) == len(p["score"])
+    seconds = {name: (cost, score) for name, cost, score in plots.published_points(sorted(plots.GLUE), "seconds")}
+    cost, score = seconds["MosaicBERT-Base, abstract, 8× A100-80GB"]
+    assert (list(cost), score) == ([pytest.approx(1.13 * 3600)], [79.6])
+    dollars = {name: cost for name, cost, _ in plots.published_points(sorted(plots.GLUE), "dollars")}
+    assert dollars["MosaicBERT-Base, abstract, 8× A100-80GB"] == pytest.approx(20, abs=0.1)
+    assert not any("Cramming" in name for name in dollars)  # no price was published
+    rte = {name: score for name, _, score in plots.published_points(["RTE"], "gpu_hours")}
+    assert rte["MosaicBERT-Base, model card, 8× A100-80GB"] == [81.36]
+    assert not any("Fig. 1B" in name for name in rte)  # the curve is of averages
+    assert plots.published_points(["my-own-task"], "seconds") == [] and "no published point" in capsys.readouterr().err
+
+
+def test_throughput_is_the_median_of_the_log(tmp_path, monkeypatch):
+    runs = [make_run(tmp_path / f"{n}", [train_line(s) for s in range(1, 100)], seq_len=n) for n in (128, 512)]
+    fig = drawn(monkeypatch, plots.throughput, tuple(runs), out=str(tmp_path / "p.png"))
+    assert fig.axes[0].lines[0].get_ydata().tolist() == [9050.0, 9050.0]
+    assert fig.axes[1].lines[0].get_ydata().tolist() == [50.0, 50.0]
+    assert [t.get_text() for t in fig.axes[1].get_xticklabels()] == ["128", "512"]
+
+
+def test_heat_map_compares_last_checkpoints_with_the_baseline(tmp_path, monkeypatch):
+    a = make_run(tmp_path / "a", [], [glue_line(10, 0.2), glue_line(20, 0.6, seed=1), glue_line(20, 0.7, seed=2)])
+    b = make_run(tmp_path / "b", [], [glue_line(30, 0.5), glue_line(30, 0.3, "CoLA")])
+    fig = drawn(monkeypatch, plots.glue, (a, b), out=str(tmp_path / "p.png"), baseline="b")
+    cells = [t.get_text() for t in fig.axes[0].texts if t.get_text()]
+    assert cells == ["–", "65.0\n+15.0", "30.0", "50.0"]
+
+
+# ------------------------------------------------------------------------------------------------ command line
+def run_cli(*args, cwd):
+    command = [sys.executable, str(REPO / "plots.py"), *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_command_line_expands_patterns_and_mentions_what_it_left_out(two_runs, tmp_path):
+    make_run(tmp_path / "runs" / "no-glue-yet", [train_line(10)])
+    (tmp_path / "runs" / "empty").mkdir()
+    done = run_cli("pareto", "runs/*", "--task", "RTE", "--x", "tokens", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["plots/pareto.png", "plots/pareto.svg"]
+    assert "no fine-tuning result (glue/*.jsonl) yet, left out: runs/no-glue-yet" in done.stderr
+    assert "no run folder (no log.jsonl in it), left out: runs/empty" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["pareto"], "no run folder"),
+        (["loss", "nothing/*"], "no run folder"),
+        (["pareto", "runs/bare"], "nothing drawn"),
+        (["loss", "runs/bare"], "nothing drawn"),
+        (["masking", "runs/bare"], "nothing drawn"),
+        (["throughput", "runs/bare"], "nothing drawn"),
+        (["glue", "runs/bare"], "nothing drawn"),
+        (["pareto", "runs/a", "--task", "WNLI"], "choose one with --task: CoLA, RTE"),
+        (["pareto", "runs/a", "--log", "--linear"], "exclude each other"),
+        (["pareto", "runs/free", "--x", "dollars"], "try another --x"),
+        (["pareto", "runs/a", "--metric", "loss", "--published"], "does not go with --metric loss"),
+        (["glue", "runs/a", "--baseline", "z"], "--baseline is one of a"),
+        (["pareto", "runs/a", "--out", "runs/a/log.jsonl/p.png"], "log.jsonl"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(args, says, tmp_path):
+    full_run(tmp_path / "runs" / "a")
+    make_run(tmp_path / "runs" / "bare")
+    make_run(tmp_path / "runs" / "free", [], [glue_line(10, 0.5, pretrain_dollars=0.0)])
+    before = sorted(tmp_path.rglob("*"))
+    done = run_cli(*args, cwd=tmp_path)
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
+    assert done.returncode == 1 and len(errors) == 1, done.stderr
+    assert re.match(r"error: ", errors[0]) and says in errors[0]
+    assert done.stdout == "" and sorted(tmp_path.rglob("*")) == before
+
+
+def test_needs_no_torch(two_runs, tmp_path):
+    code = "import sys; sys.modules['torch'] = None; import plots; plots.loss(tuple(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *two_runs], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPO)}
+    )
+    assert done.returncode == 0
+
+
+@pytest.mark.slow
+def test_a_thousand_runs_of_ten_thousand_lines_take_under_20_s_and_little_memory(tmp_path):
+    lines = [
+        train_line(s, 3 + 6 * math.exp(-s / 2000), padding_avoided=0.23, peak_mem_gb=None) for s in range(1, 10_001)
+    ]
+    first = Path(make_run(tmp_path / "0000", lines, [glue_line(100, 0.5), glue_line(200, 0.6)]))
+    for i in range(1, 1000):  # hard links: every file is read, without filling the disk with 3 GB
+        (tmp_path / f"{i:04d}").mkdir()
+        os.link(first / "log.jsonl", tmp_path / f"{i:04d}" / "log.jsonl")
+    code = "import plots, resource, sys; plots.loss((sys.argv[1],), out=sys.argv[2]); "
+    code += "u = resource.getrusage(resource.RUSAGE_SELF); print(u.ru_utime + u.ru_stime, u.ru_maxrss, file=sys.stderr)"
+    command = [sys.executable, "-c", code, str(tmp_path / "0*"), str(tmp_path / "p.png")]
+    env = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    started = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    cpu_seconds, kib = map(float, done.stderr.split())  # CPU seconds: the machine may be busy with other things
+    print(f"{time.perf_counter() - started:.1f} s, of which {cpu_seconds:.1f} s of CPU; {kib / 1024:.0f} MiB")
+    assert cpu_seconds < 20 and kib < 400 * 1024
