@@ -103,8 +103,10 @@ MOSAIC = dict(position="alibi", mlp="geglu", attention_dropout=0.0, low_precisio
 BERT = dict(position="learned", mlp="gelu", attention_dropout=0.1, low_precision_norm=False, attention="reference")
 BASE = dict(n_layers=12, n_heads=12, d_model=768, d_ff=3_072)
 LARGE = dict(n_layers=24, n_heads=16, d_model=1_024, d_ff=4_096)
-SMALL = dict(n_layers=4, n_heads=4, d_model=256, d_ff=1_024)
-TINY = dict(n_layers=3, n_heads=4, d_model=128, d_ff=512)  # a laptop's lunch break
+# For CPUs. Short runs never see a document often enough to overfit, so hidden dropout is off.
+CPU = dict(embedding_dropout=0.0, output_dropout=0.0, mlp_dropout=0.0)
+SMALL = CPU | dict(n_layers=4, n_heads=4, d_model=256, d_ff=1_024)
+TINY = CPU | dict(n_layers=3, n_heads=4, d_model=128, d_ff=512)
 PRESETS: dict[str, dict] = {
     "mosaic-base": BASE | MOSAIC,
     "mosaic-large": LARGE | MOSAIC,
@@ -129,6 +131,12 @@ def flops_per_token(cfg: EncoderConfig, s_eff: float, masked_share: float) -> fl
     per_layer = 4 * d * d + (3 if cfg.mlp == "geglu" else 2) * d * ff
     attention = 12 * cfg.n_layers * d * s_eff
     return 6 * cfg.n_layers * per_layer + attention + 6 * masked_share * (d * d + d * cfg.padded_vocab_size)
+
+
+def matmul_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies it (CUDA; CPUs with AMX or AVX512-BF16, about 6× fp32), else fp32."""
+    fast_cpu = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    return torch.bfloat16 if device.type == "cuda" or fast_cpu else torch.float32
 
 
 # ----------------------------------------------------------------------------- layers
@@ -164,9 +172,10 @@ class Embeddings(nn.Module):
 
     def __init__(self, cfg: EncoderConfig):
         super().__init__()
+        # MosaicBERT: 30,522 entries become 30,528 = 64 · 477, which the tensor cores multiply faster
         self.word = nn.Embedding(cfg.padded_vocab_size, cfg.d_model)
         self.token_type = nn.Embedding(cfg.n_token_types, cfg.d_model)
-        # ALiBi: distance enters as a bias on the attention scores, so there is no table to outgrow
+        # MosaicBERT: no position table; ALiBi puts distance on the attention scores, so nothing is outgrown
         self.position = nn.Embedding(cfg.max_positions, cfg.d_model) if cfg.position == "learned" else None
         self.norm = LayerNorm(cfg.d_model, cfg.norm_eps, cfg.low_precision_norm)
         self.dropout = nn.Dropout(cfg.embedding_dropout)
@@ -195,19 +204,21 @@ class Attention(nn.Module):
         super().__init__()
         self.n_heads = cfg.n_heads
         self.backend = cfg.attention
+        # MosaicBERT: none. It would have to be drawn inside the flash kernel, and "often slows things down"
         self.dropout = cfg.attention_dropout
         self.qkv = nn.Linear(cfg.d_model, 3 * cfg.d_model, bias=cfg.bias)
         slopes = alibi_slopes(cfg.n_heads) if cfg.position == "alibi" else None
         self.register_buffer("slopes", slopes, persistent=False)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, tiles: Tensor | None) -> Tensor:
         T, d = x.shape
         qkv = self.qkv(x).view(T, 3, self.n_heads, d // self.n_heads)  # (T, 3, H, D)
         dropout = self.dropout if self.training else 0.0
         # the seed makes the backward draw the forward's mask again instead of keeping it
         seed = torch.randint(2**62, (), dtype=torch.int64) if dropout else None
         slopes = None if self.slopes is None else self.slopes.float()
-        out = varlen_attention(qkv, cu_seqlens, max_seqlen, slopes, dropout_p=dropout, seed=seed, backend=self.backend)
+        how = dict(tiles=tiles, dropout_p=dropout, seed=seed, backend=self.backend)
+        out = varlen_attention(qkv, cu_seqlens, max_seqlen, slopes, **how)  # (T, H, D)
         return out.view(T, d)
 
 
@@ -232,6 +243,7 @@ class FeedForward(nn.Module):
         h = self.inp(x)  # (T, 2 d_ff) or (T, d_ff)
         if self.gated:
             gate, up = h.chunk(2, dim=-1)
+            # MosaicBERT: dropout sits on the product, before the last projection; BERT has it behind
             return self.out(self.dropout(F.gelu(gate) * up))
         return self.dropout(self.out(F.gelu(h)))
 
@@ -249,9 +261,12 @@ class Layer(nn.Module):
         self.mlp_norm = LayerNorm(cfg.d_model, cfg.norm_eps, cfg.low_precision_norm)
         self.dropout = nn.Dropout(cfg.output_dropout)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None) -> Tensor:
-        h = self.attention(self.attention_norm(x) if self.pre_norm else x, cu_seqlens, max_seqlen)  # (T, d)
-        if rows is not None:  # keys and values were needed everywhere, the rest only where it is looked at
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, tiles: Tensor | None, rows: Tensor | None
+    ) -> Tensor:
+        h = self.attention(self.attention_norm(x) if self.pre_norm else x, cu_seqlens, max_seqlen, tiles)  # (T, d)
+        # MosaicBERT: in the last layer keys and values are needed everywhere, the rest only where it is looked at
+        if rows is not None:
             h, x = gather_rows(h, rows), gather_rows(x, rows)  # (R, d)
         h = self.dropout(self.attention_out(h))
         if self.pre_norm:
@@ -340,12 +355,14 @@ class Encoder(Pretrained):
         cu_seqlens: Tensor,
         max_seqlen: int,
         token_type_ids: Tensor | None = None,
+        tiles: Tensor | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
         """The training path. Padding does not exist here.
 
         input_ids (T,) int64 · cu_seqlens (B+1,) int32, from 0 to T, repeats allowed (empty documents) ·
-        max_seqlen: no document is longer · token_type_ids (T,), default all 0 · rows (R,) int64: the rows wanted.
+        max_seqlen: no document is longer · token_type_ids (T,), default all 0 · tiles: kernels.attention_tiles, the
+        work list of the Triton kernels, optional · rows (R,) int64: the rows wanted.
         Returns (T, d), or (R, d) with `rows`.
         """
         if self.cfg.position == "learned" and max_seqlen > self.cfg.max_positions:
@@ -356,7 +373,7 @@ class Encoder(Pretrained):
         x = self.embeddings(input_ids, cu_seqlens, token_type_ids)
         for i, layer in enumerate(self.layers):
             last = i == self.cfg.n_layers - 1 and self.cfg.masked_only_last_layer
-            args = (x, cu_seqlens, max_seqlen, rows if last else None)
+            args = (x, cu_seqlens, max_seqlen, tiles, rows if last else None)
             if self.cfg.activation_checkpointing and self.training:
                 x = checkpoint(layer, *args, use_reentrant=False)
             else:
@@ -370,21 +387,24 @@ class Encoder(Pretrained):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
+        **documents,
     ) -> Tensor:
-        """Hidden states (B, S, d) of a padded batch, zero at the padding; or (T, d) of a flat one."""
-        if cu_seqlens is not None:
-            return self.flat(input_ids, cu_seqlens, max_seqlen, token_type_ids)
-        flat, where, shape = _unpad_batch(input_ids, attention_mask, token_type_ids)
-        return _pad_rows(self.flat(**flat), where, shape)
+        """Hidden states: (B, S, d) of a padded batch, zero at the padding; (T, d) of a flat one (cu_seqlens given).
+
+        `documents`, here and in every head: cu_seqlens, max_seqlen and perhaps tiles, as in `flat`.
+        """
+        flat, padding = _as_flat(input_ids, attention_mask, token_type_ids, documents)
+        return _pad_again(self.flat(**flat), padding)
 
 
-def _unpad_batch(input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None):
-    """(B, S) ids and mask -> arguments of Encoder.flat, indices of the real tokens (T,), and (B, S)."""
+def _as_flat(
+    input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None, documents: dict
+) -> tuple[dict, tuple | None]:
+    """Both front doors: -> arguments of Encoder.flat, and what _pad_again needs (None: the batch was flat)."""
+    if documents.get("cu_seqlens") is not None:
+        return dict(input_ids=input_ids, token_type_ids=token_type_ids, **documents), None
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; without cu_seqlens it must be (B, S)")
-    B, S = input_ids.shape
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     real = attention_mask.bool()
@@ -393,15 +413,18 @@ def _unpad_batch(input_ids: Tensor, attention_mask: Tensor | None, token_type_id
     if not bool(real.any()):
         raise ValueError("attention_mask hides every token of the batch")
     ids, where, cu_seqlens, max_seqlen = unpad(input_ids.unsqueeze(-1), real)
-    flat = {"input_ids": ids.squeeze(-1), "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+    flat = dict(input_ids=ids.squeeze(-1), cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
     if token_type_ids is not None:
         flat["token_type_ids"] = token_type_ids.reshape(-1)[where]
-    return flat, where, (B, S)
+    return flat, (where, input_ids.shape)
 
 
-def _pad_rows(x: Tensor, where: Tensor, shape: tuple[int, int]) -> Tensor:
-    """(T, d) -> (B, S, d) with zeros where there was padding."""
-    return scatter_rows(x, where, shape[0] * shape[1]).view(*shape, -1)
+def _pad_again(x: Tensor, padding: tuple | None) -> Tensor:
+    """(T, d) -> (B, S, d) with zeros where there was padding; untouched if there was none."""
+    if padding is None:
+        return x
+    where, (B, S) = padding
+    return scatter_rows(x, where, B * S).view(B, S, -1)
 
 
 # ----------------------------------------------------------------------------- heads
@@ -439,9 +462,8 @@ class MaskedLM(Pretrained):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
         masked_idx: Tensor | None = None,
+        **documents,
     ):
         """Flat (with cu_seqlens): input_ids (T,), masked_idx (M,) rows to predict, labels (M,) their true ids.
             Returns logits (M, V), or with labels (loss summed over M, number of right guesses): a sum, because
@@ -449,19 +471,14 @@ class MaskedLM(Pretrained):
         Padded: input_ids, attention_mask, labels (B, S), labels -100 where nothing is to be predicted.
             Returns logits (B, S, V), or with labels (mean loss, logits).
         """
-        if cu_seqlens is not None:
-            h = self.encoder.flat(input_ids, cu_seqlens, max_seqlen, token_type_ids, masked_idx)  # (M, d)
-            logits = self.head(h)  # (M, V)
-            if labels is None:
-                return logits
+        flat, padding = _as_flat(input_ids, attention_mask, token_type_ids, documents)
+        logits = self.head(self.encoder.flat(**flat, rows=masked_idx))  # (M, V) flat, (T, V) padded
+        if labels is None:
+            return _pad_again(logits, padding)
+        if padding is None:
             loss = F.cross_entropy(logits.float(), labels, reduction="sum")
             return loss, (logits.argmax(-1) == labels).sum()
-        flat, where, shape = _unpad_batch(input_ids, attention_mask, token_type_ids)
-        logits = self.head(self.encoder.flat(**flat))  # (T, V)
-        padded = _pad_rows(logits, where, shape)
-        if labels is None:
-            return padded
-        return F.cross_entropy(logits.float(), labels.reshape(-1)[where]), padded
+        return F.cross_entropy(logits.float(), labels.reshape(-1)[padding[0]]), _pad_again(logits, padding)
 
 
 class SequenceClassifier(Pretrained):
@@ -485,16 +502,10 @@ class SequenceClassifier(Pretrained):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
+        **documents,
     ) -> Tensor:
         """Flat (T,) ids with cu_seqlens, or padded (B, S) ids with attention_mask -> logits (B, n_labels)."""
-        if cu_seqlens is None:
-            flat, _, _ = _unpad_batch(input_ids, attention_mask, token_type_ids)
-        else:
-            flat = dict(
-                input_ids=input_ids, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, token_type_ids=token_type_ids
-            )
+        flat, _ = _as_flat(input_ids, attention_mask, token_type_ids, documents)
         cu = flat["cu_seqlens"].long()
         cls = cu[:-1].clamp(max=len(flat["input_ids"]) - 1)  # an empty document has no row of its own
         h = self.encoder.flat(**flat, rows=cls)  # (B, d)
@@ -519,11 +530,10 @@ class TokenClassifier(Pretrained):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
+        **documents,
     ) -> Tensor:
         """Flat: logits (T, n_labels). Padded: logits (B, S, n_labels)."""
-        h = self.encoder(input_ids, attention_mask, token_type_ids, cu_seqlens, max_seqlen)
+        h = self.encoder(input_ids, attention_mask, token_type_ids, **documents)
         return self.classifier(self.dropout(h)).float()
 
 
@@ -541,16 +551,10 @@ class SentenceEmbedder(Pretrained):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
+        **documents,
     ) -> Tensor:
         """Flat (T,) ids with cu_seqlens, or padded (B, S) ids with attention_mask -> (B, d). Empty: zeros."""
-        if cu_seqlens is None:
-            flat, _, _ = _unpad_batch(input_ids, attention_mask, token_type_ids)
-        else:
-            flat = dict(
-                input_ids=input_ids, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, token_type_ids=token_type_ids
-            )
+        flat, _ = _as_flat(input_ids, attention_mask, token_type_ids, documents)
         h, cu = self.encoder.flat(**flat).float(), flat["cu_seqlens"].long()
         lengths = cu[1:] - cu[:-1]  # (B,)
         document = torch.repeat_interleave(torch.arange(len(lengths), device=h.device), lengths)  # (T,)

@@ -40,8 +40,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from batches import Batch, Batches, count_masked, mask_tokens
-from kernels import attention_backend
-from model import PRESETS, EncoderConfig, MaskedLM, find_checkpoints, flops_per_token
+from kernels import attention_backend, attention_tiles
+from model import PRESETS, EncoderConfig, MaskedLM, find_checkpoints, flops_per_token, matmul_dtype
 from prepare_c4 import Corpus, Tokenizer
 
 # ----------------------------------------------------------------------------- config
@@ -232,14 +232,6 @@ def pick_device(cfg: TrainConfig, local_rank: int) -> torch.device:
     return torch.device(kind)
 
 
-def pick_dtype(cfg: TrainConfig, device: torch.device) -> torch.dtype:
-    """bf16 where the hardware multiplies it (CUDA, CPUs with AMX or AVX512-BF16: about 6× fp32), else fp32."""
-    if cfg.dtype != "auto":
-        return getattr(torch, cfg.dtype)
-    fast_cpu = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-    return torch.bfloat16 if device.type == "cuda" or fast_cpu else torch.float32
-
-
 def corpus_digest(folder: str) -> str:
     """Names the exact corpus: meta.json holds a checksum of every file."""
     return hashlib.sha256((Path(folder) / "meta.json").read_bytes()).hexdigest()[:16]
@@ -320,7 +312,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check_config(cfg, world)
     device = pick_device(cfg, int(os.environ.get("LOCAL_RANK", 0)))
-    dtype = pick_dtype(cfg, device)
+    dtype = matmul_dtype(device) if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
     run = Path(cfg.out) / (cfg.name or preset)
 
     try:
@@ -423,14 +415,21 @@ def train(preset: str, cfg: TrainConfig) -> Path:
             "dollars": round(gpu_seconds / 3600 * cfg.gpu_dollars_per_hour, 4),
         }
 
-    def loss_of(m: int, batch: Batch, seed: int, rate: float, source: Batches) -> tuple[Tensor, Tensor]:
+    def build(m: int, source: Batches = batches) -> tuple[Batch, Tensor | None]:
+        """A micro-batch and, for the Triton kernels, the list of what to do in it. Runs on a thread."""
+        batch = source(m)
+        return batch, attention_tiles(batch.cu_seqlens) if backend == "triton" else None
+
+    def loss_of(m: int, batch: Batch, tiles: Tensor | None, seed: int, rate: float, source: Batches):
         n_masked = count_masked(source, m, rate)
         ids, masked_idx, labels = mask_tokens(batch, tokenizer, n_masked, cfg.corruption, seed, m, device)
-        cu_seqlens = batch.cu_seqlens.to(device, non_blocking=True)
-        for t in (masked_idx, labels, cu_seqlens):  # their lengths vary; without this, a compilation for each
+        flat = dict(cu_seqlens=batch.cu_seqlens.to(device, non_blocking=True), masked_idx=masked_idx, labels=labels)
+        if tiles is not None:
+            flat["tiles"] = tiles.to(device, non_blocking=True)
+        for t in flat.values():  # their lengths vary; without this, a compilation for each
             torch._dynamo.maybe_mark_dynamic(t, 0)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return forward(ids, cu_seqlens=cu_seqlens, max_seqlen=cfg.seq_len, masked_idx=masked_idx, labels=labels)
+            return forward(ids, max_seqlen=cfg.seq_len, **flat)
 
     @torch.no_grad()
     def evaluate() -> tuple[float, float]:
@@ -439,7 +438,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         n = max(1, cfg.eval_tokens // eval_batches.micro_tokens)
         totals = torch.zeros(3, dtype=torch.float64, device=device if device.type != "mps" else "cpu")
         for m in range(rank, n, world):
-            loss, right = loss_of(m, eval_batches(m), 0, 0.15, eval_batches)
+            loss, right = loss_of(m, *build(m, eval_batches), 0, 0.15, eval_batches)
             totals += torch.stack([loss.double(), right.double(), torch.tensor(count_masked(eval_batches, m, 0.15))])
         if world > 1:
             dist.all_reduce(totals)
@@ -471,7 +470,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     n_micro = cfg.batch_tokens // cfg.micro_tokens  # of a step, over all processes
     mine = (m for first in itertools.count(micro, n_micro) for m in range(first + rank, first + n_micro, world))
     pool = ThreadPoolExecutor(1)  # the next micro-batch is built while this one is computed
-    ahead = pool.submit(lambda m: batches(m), next(mine))
+    ahead = pool.submit(build, next(mine))
     bar = tqdm(total=100, unit="%", disable=rank != 0 or not sys.stderr.isatty(), bar_format="{l_bar}{bar}| {postfix}")
     model.train()
 
@@ -485,12 +484,12 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         # the loss is a sum; dividing by the masked tokens of the whole batch makes the mean right whatever the split
         total_masked = sum(count_masked(batches, m, rate) for m in range(micro, micro + n_micro))
         for i in range(n_micro // world):
-            batch, m = ahead.result(), micro + rank + i * world
-            ahead = pool.submit(lambda m: batches(m), next(mine))
+            (batch, tiles), m = ahead.result(), micro + rank + i * world
+            ahead = pool.submit(build, next(mine))
             torch.manual_seed(cfg.seed * 1_000_003 + m)  # dropout too depends on nothing but the micro-batch
             last = i == n_micro // world - 1
             with nullcontext() if last or world == 1 else forward.no_sync():
-                loss, right = loss_of(m, batch, cfg.seed, rate, batches)
+                loss, right = loss_of(m, batch, tiles, cfg.seed, rate, batches)
                 (loss * (world / total_masked)).backward()  # DDP averages over processes: undo that
             window += torch.stack([loss.detach(), right]).to(window)
             window_documents += batch.n_documents * world
