@@ -418,11 +418,17 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     def build(m: int, source: Batches = batches) -> tuple[Batch, Tensor | None]:
         """A micro-batch and, for the Triton kernels, the list of what to do in it. Runs on a thread."""
         batch = source(m)
-        return batch, attention_tiles(batch.cu_seqlens) if backend == "triton" else None
+        tiles = attention_tiles(batch.cu_seqlens) if backend == "triton" else None
+        if device.type == "cuda":  # pinned, so that the copy to the device does not wait
+            batch.input_ids, batch.special = batch.input_ids.pin_memory(), batch.special.pin_memory()
+            batch.cu_seqlens, tiles = batch.cu_seqlens.pin_memory(), tiles.pin_memory() if tiles is not None else None
+        return batch, tiles
 
     def loss_of(m: int, batch: Batch, tiles: Tensor | None, seed: int, rate: float, source: Batches):
+        """Loss summed over the masked tokens, and how many were guessed right."""
+        corruption = cfg.corruption if source is batches else "80/10/10"
         n_masked = count_masked(source, m, rate)
-        ids, masked_idx, labels = mask_tokens(batch, tokenizer, n_masked, cfg.corruption, seed, m, device)
+        ids, masked_idx, labels = mask_tokens(batch, tokenizer, n_masked, corruption, seed, m, device)
         flat = dict(cu_seqlens=batch.cu_seqlens.to(device, non_blocking=True), masked_idx=masked_idx, labels=labels)
         if tiles is not None:
             flat["tiles"] = tiles.to(device, non_blocking=True)
@@ -474,6 +480,10 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     bar = tqdm(total=100, unit="%", disable=rank != 0 or not sys.stderr.isatty(), bar_format="{l_bar}{bar}| {postfix}")
     model.train()
 
+    if use_compile:  # one forward and backward for nothing, so that compilation is not counted as training
+        loss_of(micro, *build(micro), cfg.seed, masking_rate(cfg.masking, 0.0), batches)[0].backward()
+        for p in model.parameters():
+            p.grad = None
     clock = Clock(seconds, device)
     clock.start()
     window = torch.zeros(2, dtype=torch.float64, device=device if device.type != "mps" else "cpu")
@@ -577,7 +587,6 @@ def train(preset: str, cfg: TrainConfig) -> Path:
                 path = save_checkpoint(run, step, model, tokenizer, trainer, state)
                 tqdm.write(f"saved {path}")
             clock.start()
-            window_start = clock.now()
         if stopping and not finished:
             if rank == 0:
                 tqdm.write(f"stopped at step {step:,}; the same command continues")

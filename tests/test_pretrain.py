@@ -117,6 +117,8 @@ def test_a_run_learns_logs_and_leaves_checkpoints_others_can_read(corpus_dir, tm
     assert train[60]["mfu"] is None and train[60]["dollars"] == 0
     assert train[60]["gpu_seconds"] == train[60]["train_seconds"] > train[10]["train_seconds"] > 0
     assert 0 < train[60]["padding_avoided"] < 1
+    whole_run = train[60]["tokens"] / train[60]["train_seconds"]  # evaluation and saving in between do not count
+    assert min(r["tok_per_s"] for r in train.values()) <= whole_run <= max(r["tok_per_s"] for r in train.values())
     header = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
     assert (
         header["type"] == "header" and header["family"] == "mosaic" and "pretrain.py mosaic-tiny" in header["command"]
