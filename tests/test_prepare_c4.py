@@ -1,0 +1,675 @@
+"""Claims about prepare_c4.py: tokenizer, data folder, sources, restart, bad input, the labelled task."""
+
+import dataclasses
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import prepare_c4
+from prepare_c4 import SWAPS, Config, Corpus, Tokenizer, document_key, prepare, write_word_order_task
+
+ROOT = Path(__file__).resolve().parents[1]
+C4 = ROOT.parent / "shared" / "data" / "c4" / "c4_train.jsonl"
+ODD = [
+    "",
+    " ",
+    "x",
+    "Don’t STOP, it's 1,234.5678 km — ok?!  two  spaces\n\n\ttab\r\n",
+    "İstanbul ẞ ß Σίσυφος ΟΔΟΣ ǅ ﬁ",
+    "e\u0301 👩‍👩‍👧‍👦 🏳️‍🌈 한국어 日本語 العربية नमस्ते \u200b\ufeff\x00\x7f\u2028",
+    "[MASK] [CLS] <|endoftext|> [PAD]",
+    " " * 1_000_000 + "a" + "\n " * 100_000 + "z" * 100_000 + "!" * 100_000,
+]
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """Some hundreds of real documents: C4's where the data is at hand, else the standard library's docstrings."""
+    if C4.exists():
+        with open(C4, encoding="utf-8") as f:
+            return [json.loads(line)["text"] for line in f][:600]
+    groups = [g for f in sorted(Path(os.__file__).parent.glob("*.py")) for g in prepare_c4.docstrings_of(str(f))]
+    seen: set[str] = set()
+    fresh = [[p for p in g if p not in seen and not seen.add(p)] for g in groups]
+    return [text for g in fresh if len(text := "\n".join(g)) > 200]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(texts) -> Tokenizer:
+    return Tokenizer.train(texts, 2048)
+
+
+@pytest.fixture(scope="session")
+def jsonl(texts, tmp_path_factory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "docs.jsonl", texts)
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+    return path
+
+
+def settings(source: Path | str, out: Path, **changes) -> Config:
+    small = {"vocab_size": 512, "train_tokenizer_on": "300kB", "workers": 1}
+    return Config(str(source), str(out), **(small | changes))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in content(folder).items() if name != "meta.json"}
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, str(ROOT / "prepare_c4.py"), *map(str, arguments)]
+
+
+def run(*arguments: object, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, env=os.environ | env, timeout=120)
+
+
+# ------------------------------------------------------------------------------------------------------- tokenizer
+def test_round_trip_is_exact_for_any_unicode(tokenizer, texts):
+    rng = random.Random(0)
+    wild = ["".join(chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000), rng.randrange(128)]))
+                    for _ in range(300)) for _ in range(200)]  # fmt: skip
+    for text in ODD + wild + texts[:200]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text.lower()
+    cased = Tokenizer.train(texts[:100], 400, lowercase=False)
+    for text in ODD + wild:
+        assert cased.decode(cased.encode(text)) == text
+
+
+def test_lone_surrogate_becomes_the_replacement_character(tokenizer):
+    assert tokenizer.decode(tokenizer.encode("a \ud800 b")) == "a \ufffd b"
+    assert tokenizer.encode_batch(["\udfff"] * 20)[0] == tokenizer.encode("\udfff")
+
+
+def test_training_is_deterministic_and_saving_keeps_every_id(tokenizer, texts, tmp_path):
+    assert Tokenizer.train(iter(texts), 2048).vocabulary == tokenizer.vocabulary
+    tokenizer.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert again.encode_batch(texts) == [tokenizer.encode(t) for t in texts]
+    assert (again.vocab_size, again.lowercase) == (2048, True)
+    again.save(tmp_path / "b")
+    assert content(tmp_path / "b") == {k: v for k, v in content(tmp_path).items() if "/" not in k}
+
+
+def test_ids_are_specials_then_bytes_then_merges(tokenizer):
+    assert [tokenizer.pad_id, tokenizer.unk_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id] == [*range(5)]
+    assert tokenizer.encode("\x00") == [5]
+    assert tokenizer.decode(range(2048))  # every id decodes
+    assert max(max(tokenizer.encode(t), default=0) for t in ODD) < 2048
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        tokenizer.decode([2048])
+
+
+def test_special_names_in_text_are_ordinary_text(tokenizer):
+    assert min(tokenizer.encode("[MASK] [CLS][PAD]")) >= 5
+
+
+def test_encode_with_masks(tokenizer):
+    ids = tokenizer.encode_with_masks("The capital  [mask] of [MASK].")
+    assert ids.count(tokenizer.mask_id) == 2
+    assert [tokenizer.token_text(i) for i in ids].count("[MASK]") == 2
+    assert tokenizer.decode(ids) == "the capital of."  # the white space before a mask belongs to the mask
+
+
+def test_vocabulary_the_corpus_cannot_reach_is_named():
+    with pytest.raises(ValueError, match=r"too small for --vocab_size 5000: it reaches \d+ tokens"):
+        Tokenizer.train(["a small corpus, a small corpus"], 5000)
+    with pytest.raises(ValueError, match=r"65536"):
+        Tokenizer.train(["x"], 65537)
+
+
+@pytest.fixture(scope="session")
+def wordpiece(texts, tmp_path_factory) -> Path:
+    """A small BERT vocabulary in Hugging Face's format."""
+    from tokenizers import BertWordPieceTokenizer
+
+    bert = BertWordPieceTokenizer(lowercase=True)
+    bert.train_from_iterator(texts[:200], vocab_size=1500, show_progress=False)
+    path = tmp_path_factory.mktemp("hf") / "tokenizer.json"
+    bert.save(str(path))
+    return path
+
+
+def test_hugging_face_tokenizer_is_used_as_it_is(wordpiece, texts, tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    ours, theirs = Tokenizer.load(wordpiece), PreTrainedTokenizerFast(tokenizer_file=str(wordpiece))
+    for text in texts[:50]:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+    assert ours.lowercase and ours.names[ours.mask_id] == "[MASK]"
+    assert ours.mask_id not in ours.encode("the [MASK] is")
+    assert ours.encode_with_masks("the [MASK] is").count(ours.mask_id) == 1
+    meta = prepare(settings(write_jsonl(tmp_path / "c.jsonl", texts), tmp_path / "o", tokenizer=str(wordpiece)))
+    again = Tokenizer.load(tmp_path / "o")
+    assert meta["vocab_size"] == again.vocab_size == ours.vocab_size
+    corpus = Corpus(tmp_path / "o")
+    assert again.decode(corpus[0]) in [ours.decode(ours.encode(t)) for t in texts]
+
+
+def test_damaged_tokenizer_is_named(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer.tiktoken").write_bytes(tokenizer.vocabulary[:-20])
+    with pytest.raises(ValueError, match=r"tokenizer\.tiktoken cannot be used"):
+        Tokenizer.load(tmp_path)
+    with pytest.raises(ValueError, match="no tokenizer at"):
+        Tokenizer.load(tmp_path / "nowhere")
+    (tmp_path / "x.json").write_text('{"model": 3}')
+    with pytest.raises(ValueError, match=r"x\.json is not a Hugging Face"):
+        Tokenizer.load(tmp_path / "x.json")
+
+
+# ---------------------------------------------------------------------------------------------------- data folders
+def test_every_document_is_there_once_and_reads_back(texts, jsonl, tmp_path):
+    prepare(settings(jsonl, tmp_path / "o", shard_tokens=30_000, task_examples=20))
+    tokenizer = Tokenizer.load(tmp_path / "o")
+    train, val = Corpus(tmp_path / "o", "train", verify=True), Corpus(tmp_path / "o", "val")
+    assert len(train.bins) > 3  # several shards, or the global index is not tested
+    kept = [tokenizer.decode(c[i]) for c in (train, val) for i in range(len(c))]
+    written = {t.strip().lower() for t in texts}
+    assert set(kept) < written and len(written) - len(set(kept)) > 0  # the rest is held out for the task
+    assert sorted(kept) == sorted(t.strip().lower() for t in texts if t.strip().lower() in set(kept))
+    assert train.lengths.dtype == np.int64 and train.lengths.tolist() == [len(train[i]) for i in range(len(train))]
+    assert train.n_tokens == train.lengths.sum() and train[0].dtype == np.uint16
+    assert not train[0].flags.writeable
+    with pytest.raises(IndexError):
+        train[len(train)]
+
+
+def test_validation_and_train_never_overlap_on_real_text(texts, tmp_path):
+    copies = texts + texts[:200] + [t.upper() for t in texts[200:300]]
+    source = write_jsonl(tmp_path / "c.jsonl", copies)
+    prepare(settings(source, tmp_path / "o", val_fraction=0.3, task_examples=50))
+    tokenizer, train, val = Tokenizer.load(tmp_path / "o"), Corpus(tmp_path / "o"), Corpus(tmp_path / "o", "val")
+    seen = {tokenizer.decode(train[i]) for i in range(len(train))}
+    held_out = {tokenizer.decode(val[i]) for i in range(len(val))}
+    assert len(held_out) > 0.2 * len(seen) and not seen & held_out
+    rest = [" ".join(t.lower().split()) for t in texts if t.strip().lower() not in seen | held_out]
+    lines = [line for name in ("train", "dev") for line in (tmp_path / f"o/task/{name}.tsv").read_text().splitlines()]
+    kept = [line.removesuffix("\t1").lower() for line in lines if line.endswith("\t1")]
+    assert len(kept) > 25 and all(any(passage in text for text in rest) for passage in kept)
+
+
+def test_a_small_corpus_gets_some_validation_documents(texts, tmp_path):
+    prepare(settings(write_jsonl(tmp_path / "c.jsonl", texts[:40]), tmp_path / "o"))
+    assert 1 <= len(Corpus(tmp_path / "o", "val")) <= 10
+
+
+def test_same_corpus_gives_the_same_bytes_whatever_the_workers(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_c4, "ITEM_BYTES", 100_000)  # several work items out of small files
+    (tmp_path / "in").mkdir()
+    for i in range(6):
+        write_jsonl(tmp_path / "in" / f"{i}.jsonl", texts[i * 100 : (i + 1) * 100])
+    options = {"shard_tokens": 20_000, "val_fraction": 0.1, "task_examples": 30}
+    prepare(settings(tmp_path / "in", tmp_path / "a", **options))
+    prepare(settings(tmp_path / "in", tmp_path / "b", **options, workers=2))
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    assert sorted(p.name for p in (tmp_path / "a").iterdir() if "0" not in p.name) == [
+        "meta.json", "task", "tokenizer.meta.json", "tokenizer.tiktoken"]  # fmt: skip
+
+
+def test_parts_for_several_machines_cover_the_corpus_once(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_c4, "ITEM_BYTES", 1)
+    (tmp_path / "in").mkdir()
+    for i in range(5):
+        write_jsonl(tmp_path / "in" / f"{i}.jsonl", texts[i * 50 : (i + 1) * 50])
+    prepare(settings(tmp_path / "in", tmp_path / "all"))
+    found = []
+    for part in ("0/2", "1/2"):
+        out = tmp_path / part[0]
+        prepare(settings(tmp_path / "in", out, part=part))
+        assert (out / "tokenizer.tiktoken").read_bytes() == (tmp_path / "all/tokenizer.tiktoken").read_bytes()
+        found += [Corpus(out)[i].tobytes() for i in range(len(Corpus(out)))]
+    whole = Corpus(tmp_path / "all")
+    assert sorted(found) == sorted(whole[i].tobytes() for i in range(len(whole)))
+
+
+def test_limits_take_the_first_documents(texts, jsonl, tmp_path):
+    prepare(settings(jsonl, tmp_path / "d", max_docs=50))
+    total = sum(len(Corpus(tmp_path / "d", s)) for s in ("train", "val"))
+    assert total == 50
+    prepare(settings(jsonl, tmp_path / "t", max_tokens=20_000))
+    corpora = [Corpus(tmp_path / "t", s) for s in ("train", "val")]  # both, although the limit is small
+    excess = sum(c.n_tokens for c in corpora) - 20_000
+    assert 0 <= excess < max(int(c.lengths.max()) for c in corpora)
+
+
+def test_limits_stop_between_and_within_items(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_c4, "ITEM_BYTES", 1)
+    (tmp_path / "in").mkdir()
+    for i in range(20):
+        write_jsonl(tmp_path / "in" / f"{i:02}.jsonl", texts[i * 10 : (i + 1) * 10])
+    opened = []
+    real = prepare_c4.blocks_of
+    monkeypatch.setattr(prepare_c4, "blocks_of", lambda path: (opened.append(path), real(path))[1])
+    prepare(settings(tmp_path / "in", tmp_path / "o", max_docs=25))
+    assert len({*opened}) == 3  # the other files are not even opened
+    tokenizer = Tokenizer.load(tmp_path / "o")
+    corpora = [Corpus(tmp_path / "o", s) for s in ("train", "val")]
+    found = {tokenizer.decode(c[i]) for c in corpora for i in range(len(c))}
+    assert found == {t.strip().lower() for t in texts[:25]}
+
+
+def test_one_character_document_is_kept_and_empty_ones_are_counted(texts, tmp_path):
+    source = write_jsonl(tmp_path / "c.jsonl", [*texts[:100], "", "x", " \n\t ", "\u2028"])
+    meta = prepare(settings(source, tmp_path / "o"))
+    assert meta["skipped"] == {"empty": 3}
+    assert sum(s["documents"] for s in meta["shards"]) == 101
+
+
+def test_the_same_text_in_every_format_gives_the_same_shards(texts, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+    import zstandard
+
+    plain = [t.replace("\n", " ").strip() for t in texts[:150]]
+    source = write_jsonl(tmp_path / "c.jsonl", plain)
+    data = source.read_bytes()
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(data[:5000]) + gzip.compress(data[5000:]))  # two members
+    frames = [zstandard.compress(data[:7000]), zstandard.compress(data[7000:])]
+    (tmp_path / "c.jsonl.zst").write_bytes(b"".join(frames))
+    (tmp_path / "c.txt").write_text("\n\n".join(plain) + "\n")
+    pa.parquet.write_table(pa.table({"text": plain, "url": plain}), tmp_path / "c.parquet", row_group_size=40)
+    for kind in ("jsonl", "jsonl.gz", "jsonl.zst", "txt", "parquet"):
+        prepare(settings(tmp_path / f"c.{kind}", tmp_path / kind))
+        assert shards(tmp_path / kind) == shards(tmp_path / "jsonl"), kind
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in" / "1.jsonl", plain[:70])
+    write_jsonl(tmp_path / "in" / "2.jsonl", plain[70:])
+    prepare(settings(tmp_path / "in" / "*.jsonl", tmp_path / "glob"))
+    assert shards(tmp_path / "glob") == shards(tmp_path / "jsonl")
+
+
+# --------------------------------------------------------------------------------------------------------- restart
+def test_killed_at_random_moments_ends_with_the_same_bytes(texts, tmp_path):
+    source = write_jsonl(tmp_path / "c.jsonl", texts)
+    options = ["--vocab_size", 600, "--shard_tokens", 15_000, "--task_examples", 40, "--val_fraction", 0.1]
+    assert run(source, "--out", tmp_path / "whole", *options).returncode == 0
+    rng, kills = random.Random(1), 0
+    for attempt in range(40):
+        with open(tmp_path / "log", "w") as log:
+            process = subprocess.Popen(command(source, "--out", tmp_path / "cut", *options), stdout=log, stderr=log)
+            try:
+                # the first lines appear after some 0.4 s; later attempts get longer, so that it ends some time
+                process.wait(timeout=rng.uniform(0.3, 0.9) + 0.05 * attempt)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                kills += 1
+                continue
+        assert process.returncode == 0, (tmp_path / "log").read_text()
+        break
+    assert kills >= 1 and content(tmp_path / "cut") == content(tmp_path / "whole")
+
+
+def test_killed_at_every_kind_of_step_ends_with_the_same_bytes(texts, tmp_path, monkeypatch):
+    """The process dies at its n-th rename, for n over the whole run; no reader accepts what it leaves."""
+    config = settings(write_jsonl(tmp_path / "c.jsonl", texts[:300]), tmp_path / "whole", shard_tokens=15_000)
+    config = dataclasses.replace(config, task_examples=20, val_fraction=0.1)
+    real, renames = os.replace, []
+    monkeypatch.setattr(os, "replace", lambda *names: (renames.append(names), real(*names)))
+    prepare(config)
+
+    class Killed(BaseException):
+        pass
+
+    for step in range(0, len(renames), 4):
+        out, left = tmp_path / f"cut{step}", [step]
+
+        def dies(*names, left=left):
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            real(*names)
+
+        monkeypatch.setattr(os, "replace", dies)
+        with pytest.raises(Killed):
+            prepare(dataclasses.replace(config, out=str(out)))
+        with pytest.raises(ValueError, match=r"meta\.json"):
+            Corpus(out)
+        monkeypatch.setattr(os, "replace", real)
+        prepare(dataclasses.replace(config, out=str(out)))
+        assert content(out) == content(tmp_path / "whole"), step
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers through /proc")
+def test_workers_die_with_a_killed_parent_and_the_rest_is_done_later(texts, hub_folder, tmp_path):
+    for i in range(2, 8):
+        rows = [json.dumps({"text": f"{text} {i}"}) + "\n" for text in texts * 4]
+        (hub_folder / "en" / f"c4-train.0000{i}-of-00008.json.gz").write_bytes(gzip.compress("".join(rows).encode()))
+    options = ["--vocab_size", 600, "--shard_tokens", 100_000, "--train_tokenizer_on", "1MB", "--workers", 2]
+    assert run(f"hub:{hub_folder}:en", "--out", tmp_path / "whole", *options).returncode == 0
+    kills = 0
+    while kills < 20:
+        log = open(tmp_path / "log", "w")  # noqa: SIM115
+        process = subprocess.Popen(
+            command(f"hub:{hub_folder}:en", "--out", tmp_path / "cut", *options), stdout=log, stderr=log
+        )
+        parts = [*(tmp_path / "cut").glob(".parts/t*.json")]
+        while process.poll() is None and len([*(tmp_path / "cut").glob(".parts/t*.json")]) < len(parts) + 30:
+            time.sleep(0.05)
+        if process.poll() is not None:
+            break
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+        deadline = time.time() + 10
+        while any(Path(f"/proc/{w}").exists() for w in workers) and time.time() < deadline:
+            time.sleep(0.1)
+        assert len(workers) >= 2 and not any(Path(f"/proc/{w}").exists() for w in workers)
+    assert process.returncode == 0 and kills >= 2, (tmp_path / "log").read_text()
+    assert content(tmp_path / "cut") == content(tmp_path / "whole")
+
+
+def test_a_complete_folder_is_left_alone_and_other_settings_are_refused(jsonl, tmp_path, capsys):
+    config = settings(jsonl, tmp_path / "o")
+    prepare(config)
+    before = content(tmp_path / "o")
+    start = time.time()
+    prepare(config)
+    assert "already complete" in capsys.readouterr().out and time.time() - start < 2
+    with pytest.raises(ValueError, match="vocab_size was 512"):
+        prepare(dataclasses.replace(config, vocab_size=600))
+    (tmp_path / "other.jsonl").write_bytes(jsonl.read_bytes())
+    with pytest.raises(ValueError, match="choose another --out or delete it"):
+        prepare(dataclasses.replace(config, source=str(tmp_path / "other.jsonl")))
+    assert content(tmp_path / "o") == before
+
+
+def test_a_second_process_on_one_folder_is_refused(jsonl, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "o").mkdir()
+    with open(tmp_path / "o" / ".lock", "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=r"another prepare_c4\.py is working"):
+            prepare(settings(jsonl, tmp_path / "o"))
+
+
+def test_a_folder_with_other_files_is_refused(jsonl, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"holds other files \(thesis\.tex\)"):
+        prepare(settings(jsonl, tmp_path))
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_full_disk_is_one_line(jsonl, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", str(tmp_path / "o/x"))
+
+    monkeypatch.setattr(prepare_c4, "write_atomically", full)
+    monkeypatch.setattr(sys, "argv", ["prepare_c4.py", str(jsonl), "--out", str(tmp_path / "o"), "--vocab_size", "400"])
+    with pytest.raises(SystemExit, match=r"^error: the disk is full .* the same command continues$"):
+        prepare_c4.main()
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+GOOD = [
+    json.dumps({"text": f"document number {i} speaks about the number {i * i} and other things"}) for i in range(40)
+]
+BAD_FILES = {
+    "notjson.jsonl": ("\n".join([*GOOD[:2], "{oops", *GOOD[2:]]).encode(), r"notjson\.jsonl:3 is not JSON"),
+    "nokey.jsonl": ("\n".join([GOOD[0], '{"txt": "a"}', *GOOD[1:]]).encode(), r"nokey\.jsonl:2 has no text under"),
+    "null.jsonl": ("\n".join([*GOOD, '{"text": null}']).encode(), r"null\.jsonl:41 has no text under the key 'text'"),
+    "list.jsonl": ("\n".join(["[1]", *GOOD]).encode(), r"list\.jsonl:1 has no text"),
+    "deep.jsonl": ("\n".join(["[" * 100_000, *GOOD]).encode(), r"deep\.jsonl:1 is not JSON"),
+    "bytes.jsonl": ("\n".join(GOOD).encode() + b'\n{"text": "\xff"}', r"bytes\.jsonl:41 is not UTF-8 \(byte 11"),
+    "bytes.txt": ("\n\n".join(GOOD).encode() + b"\n\nab\xff", r"bytes\.txt:81 is not UTF-8 \(byte 3"),
+    "cut.jsonl.gz": (gzip.compress("\n".join(GOOD).encode())[:-20], r"cut\.jsonl\.gz is damaged or cut short"),
+    "not.jsonl.gz": (b"plain text", r"not\.jsonl\.gz is damaged or cut short"),
+    "not.jsonl.zst": (b"plain text", r"not\.jsonl\.zst is damaged or cut short"),
+    "not.parquet": (b"plain text, no parquet", r"not\.parquet is damaged or cut short"),
+    "empty.jsonl": (b"", r"empty\.jsonl has 0 different documents"),
+    "blank.txt": (b"\n \n\n", r"blank\.txt has 0 different documents"),
+    "one.jsonl": ("\n".join([GOOD[0]] * 9).encode(), r"one\.jsonl has 1 different documents"),
+    "small.jsonl": ("\n".join(GOOD).encode(), r"too small for --vocab_size 5000: it reaches \d+"),
+    "corpus.doc": (b"word", r"corpus\.doc is no \.jsonl"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path, monkeypatch, capsys):
+    data, message = BAD_FILES[name]
+    (tmp_path / name).write_bytes(data)
+    out = tmp_path / "data" / "o"
+    monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / name), "--out", str(out), "--vocab_size", "5000"])
+    with pytest.raises(SystemExit, match=message) as stopped:
+        prepare_c4.main()
+    assert str(stopped.value).startswith("error: ") and "\n" not in str(stopped.value)
+    assert not out.exists()
+
+
+def test_cut_zst_is_noticed_wherever_it_is_cut(tmp_path):
+    import zstandard
+
+    whole = zstandard.compress("\n".join(GOOD).encode())
+    for end in range(1, len(whole), 37):
+        (tmp_path / "c.jsonl.zst").write_bytes(whole[:end])
+        with pytest.raises(ValueError, match=r"c\.jsonl\.zst is damaged or cut short"):
+            prepare(settings(tmp_path / "c.jsonl.zst", tmp_path / "o"))
+
+
+def test_skip_bad_counts_instead(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for name in ("notjson.jsonl", "nokey.jsonl", "bytes.jsonl", "bytes.txt"):
+        (tmp_path / "in" / name).write_bytes(BAD_FILES[name][0])
+    (tmp_path / "in" / "cut.jsonl.gz").write_bytes(gzip.compress("\n".join(GOOD).encode())[:-20])
+    meta = prepare(settings(tmp_path / "in", tmp_path / "o", vocab_size=300, skip_bad=True))
+    assert meta["skipped"]["bad"] == 5
+    assert "skipped: " in (err := capsys.readouterr().err) and "bytes.jsonl:41 is not UTF-8" in err
+
+
+def test_command_line_errors_have_no_traceback(tmp_path):
+    for arguments, message in [
+        (("nowhere.jsonl",), "the corpus nowhere.jsonl does not exist"),
+        (("docstrings", "--vocab_size", 100_000), "--vocab_size 100000 must be"),
+        (("docstrings", "--part", "2/2"), "--part '2/2' must be"),
+        (("docstrings", "--train_tokenizer_on", "lots"), "is not a size"),
+    ]:
+        done = run(*arguments, "--out", tmp_path / "o")
+        assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert not (tmp_path / "o").exists()
+
+
+def test_inspect_reports_what_the_lengths_say(jsonl, wordpiece, tmp_path, monkeypatch, capsys):
+    prepare(settings(jsonl, tmp_path / "o"))
+    lengths = Corpus(tmp_path / "o").lengths
+    arguments = ["inspect", str(tmp_path / "o"), "--verify", "--compare", str(wordpiece), "--samples", "2"]
+    monkeypatch.setattr(sys, "argv", ["prepare_c4.py", *arguments])
+    capsys.readouterr()
+    prepare_c4.main()
+    printed = capsys.readouterr().out
+    kept = sum(min(n, 126) for n in lengths.tolist()) / lengths.sum()
+    padding = 1 - sum(min(n + 2, 512) for n in lengths.tolist()) / (512 * len(lengths))
+    assert f"{len(lengths):,} documents, {lengths.sum():,} tokens" in printed and "checksums verified" in printed
+    assert f"window 128: the first keeps {kept:.1%} of the tokens" in printed
+    assert f"a padded batch is {padding:.1%} padding" in printed
+    assert printed.count("--- document") == 2 and str(wordpiece) in printed
+    assert (tmp_path / "o" / "lengths.png").read_bytes()[:4] == b"\x89PNG"
+    Corpus(tmp_path / "o", verify=True)  # the picture does not disturb the reader
+
+
+def test_reader_opens_more_shards_than_files_may_be_open(texts, tmp_path):
+    config = settings(write_jsonl(tmp_path / "c.jsonl", texts), tmp_path / "o", shard_tokens=2000)
+    n_shards = len([s for s in prepare(config)["shards"] if s["split"] == "train"])
+    assert n_shards > 100
+    code = (
+        "import resource, prepare_c4; resource.setrlimit(resource.RLIMIT_NOFILE, (150, 4096));"
+        f"c = prepare_c4.Corpus({str(tmp_path / 'o')!r}); print(sum(len(c[i]) for i in range(len(c))) == c.n_tokens)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "True", done.stderr
+
+
+@pytest.fixture
+def folder(jsonl, tmp_path) -> Path:
+    prepare(settings(jsonl, tmp_path / "o"))
+    return tmp_path / "o"
+
+
+def test_reader_names_the_file_that_does_not_match(folder):
+    def damaged(name: str, data: bytes, verify: bool = False) -> str:
+        path = folder / name
+        saved = path.read_bytes()
+        path.write_bytes(data)
+        try:
+            with pytest.raises(ValueError, match=r"^[^\n]*$") as e:
+                Corpus(folder, verify=verify)
+        finally:
+            path.write_bytes(saved)
+        return str(e.value)
+
+    binary = (folder / "train_00000.bin").read_bytes()
+    assert "train_00000.bin has" in damaged("train_00000.bin", binary[:-2])
+    assert "train_00000.bin does not have the sha256" in damaged("train_00000.bin", b"\0\0" + binary[2:], verify=True)
+    index = (folder / "train_00000.idx").read_bytes()
+    assert "train_00000.idx has" in damaged("train_00000.idx", index + index)
+    assert "train_00000.idx" in damaged("train_00000.idx", index[:-8] + index[:8])
+    meta = json.loads((folder / "meta.json").read_text())
+    assert "meta.json cannot be read" in damaged("meta.json", b"{")
+    assert "meta.json is of format 9" in damaged("meta.json", json.dumps(meta | {"format": 9}).encode())
+    assert "meta.json is damaged" in damaged("meta.json", json.dumps(meta | {"shards": 3}).encode())
+    meta["shards"][0]["tokens"] += 1
+    assert "train_00000.bin has" in damaged("meta.json", json.dumps(meta).encode())
+    assert "tokenizer.tiktoken" in damaged("tokenizer.tiktoken", b"")
+    (folder / "train_00000.bin").rename(folder / "gone")
+    with pytest.raises(ValueError, match=r"train_00000\.bin is listed in meta\.json but missing"):
+        Corpus(folder)
+    with pytest.raises(ValueError, match=r"holds no meta\.json"):
+        Corpus(folder / "nowhere")
+
+
+# -------------------------------------------------------------------------------------------------- hub, docstrings
+@pytest.fixture
+def hub_folder(texts, tmp_path) -> Path:
+    """A local dataset laid out as allenai/c4 is on the hub."""
+    folder = tmp_path / "c4"
+    (folder / "en").mkdir(parents=True)
+    header = "---\nconfigs:\n- config_name: en\n  data_files:\n  - split: train\n    path: en/c4-train.*.json.gz\n"
+    (folder / "README.md").write_text(header + "  - split: validation\n    path: en/c4-validation.*.json.gz\n---\n")
+    rows = [json.dumps({"text": t, "timestamp": "2019-04-25T12:57:54Z", "url": "http://x"}) + "\n" for t in texts[:300]]
+    pieces = {"train.00000-of-00002": rows[:120] + rows[-10:], "train.00001-of-00002": rows[120:240]}
+    for name, piece in (pieces | {"validation.00000-of-00001": rows[240:]}).items():
+        (folder / "en" / f"c4-{name}.json.gz").write_bytes(gzip.compress("".join(piece).encode()))
+    return folder
+
+
+def test_c4_streams_through_datasets_and_keeps_its_own_validation(hub_folder, texts, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    meta = prepare(settings(f"hub:{hub_folder}:en", tmp_path / "o"))
+    tokenizer, train, val = Tokenizer.load(tmp_path / "o"), Corpus(tmp_path / "o"), Corpus(tmp_path / "o", "val")
+    assert [tokenizer.decode(val[i]) for i in range(len(val))] == [t.strip().lower() for t in texts[240:300]]
+    # ten documents of the validation split were put into train as well: they are left out there
+    assert [tokenizer.decode(train[i]) for i in range(len(train))] == [t.strip().lower() for t in texts[:240]]
+    assert meta["skipped"] == {"copies of validation documents": 10}
+
+
+def test_unreachable_hub_is_one_line_within_seconds(tmp_path):
+    for env in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}):
+        start = time.time()
+        done = run("c4", "--out", tmp_path / "o", **env)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1 and time.time() - start < 20
+        assert done.stderr.startswith("error: cannot stream allenai/c4 from the Hugging Face hub")
+        assert not (tmp_path / "o").exists()
+
+
+def test_importing_stays_light():
+    heavy = "datasets", "pyarrow", "tokenizers", "transformers", "torch", "tyro"
+    code = f"import sys, prepare_c4; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_prose_keeps_english_and_drops_code_tables_and_markup():
+    docstring = """Return the :class:`~torch.Tensor` of the *first* value, which is ``None`` for
+        an empty list [1]_.
+
+        Parameters
+        ----------
+        x : array_like
+            The values that are to be sorted in the given order.
+
+        >>> a = f(1)
+        The output of this is not prose at all.
+
+        Args:
+            n (`int`, *optional*, defaults to 3):
+                How many of the values to keep in the result.
+
+        ====  =====
+        a     b
+        ====  =====
+
+        ```python
+        This would be the code of the example in it.
+        ```
+        """
+    assert prepare_c4.prose(docstring) == [
+        "Return the Tensor of the first value, which is None for an empty list.",
+        "The values that are to be sorted in the given order.",
+        "How many of the values to keep in the result.",
+    ]
+
+
+@pytest.mark.slow
+def test_docstrings_of_this_environment_are_ten_megabytes():
+    documents = prepare_c4.collect_docstrings()
+    assert sum(map(len, documents)) > 10e6
+    assert len(set(documents)) == len(documents)
+
+
+# ------------------------------------------------------------------------------------------------------------ task
+def test_word_order_task_is_balanced_disjoint_and_only_moves_words(texts, tmp_path):
+    counts = write_word_order_task(texts, tmp_path / "a", 200, seed=3)
+    assert write_word_order_task(reversed(texts), tmp_path / "b", 200, seed=3) == counts
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    folded = [" ".join(t.split()) for t in texts]
+    sources = {}
+    for name in ("train", "dev"):
+        header, *lines = (tmp_path / "a" / f"{name}.tsv").read_text().splitlines()
+        assert header == "sentence\tlabel" and len(lines) == counts[name] > 100
+        rows = [line.split("\t") for line in lines]
+        assert all(len(row) == 2 and '"' not in row[0] for row in rows)
+        assert sum(label == "1" for _, label in rows) * 2 == len(rows)
+        sources[name] = {i for s, label in rows if label == "1" for i, t in enumerate(folded) if s in t}
+        assert all(any(s in t for t in folded) for s, label in rows if label == "1")
+        for s, label in rows:
+            assert 8 <= len(s.split()) <= 30
+            if label == "0":
+                assert not any(s in t for t in folded)
+        originals = {tuple(sorted(s.split())) for s, _ in rows}
+        assert len(originals) == len(rows)  # no passage is used twice, neither kept nor disturbed
+    assert len(sources["train"] & sources["dev"]) <= 3  # a stock phrase may stand in several documents
+
+
+def test_a_disturbed_passage_has_the_words_of_a_real_one(texts, tmp_path):
+    write_word_order_task(texts[:50], tmp_path, 60, seed=0)
+    real = {}
+    for text in texts[:50]:
+        for words in prepare_c4.passages(text):
+            real[tuple(sorted(words))] = words
+    _, *lines = (tmp_path / "train.tsv").read_text().splitlines()
+    for sentence, label in (line.split("\t") for line in lines):
+        original = real[tuple(sorted(sentence.split()))]
+        moved = sum(a != b for a, b in zip(original, sentence.split()))
+        assert moved == (0 if label == "1" else 2 * SWAPS)
+
+
+def test_document_key_ignores_case_only():
+    assert document_key("A b") == document_key("a B") != document_key("a  b")
+    assert 0 <= document_key("x") < 2**63
