@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prepare_c4 import Corpus, Tokenizer
+from corpus import Corpus, Tokenizer
 
 # ----------------------------------------------------------------------------- batches
 

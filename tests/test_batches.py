@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from batches import Batches, count_masked, mask_tokens, random_bits, shuffled
-from prepare_c4 import Corpus, Tokenizer
+from corpus import Corpus, Tokenizer
 
 T, S = 1_024, 64
 

@@ -14,8 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import offline
 import prepare_c4
-from prepare_c4 import SWAPS, Config, Corpus, Tokenizer, document_key, prepare, write_word_order_task
+from corpus import Corpus, Tokenizer
+from offline import SWAPS, write_word_order_task
+from prepare_c4 import Config, document_key, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 C4 = ROOT.parent / "shared" / "data" / "c4" / "c4_train.jsonl"
@@ -37,7 +40,7 @@ def texts() -> list[str]:
     if C4.exists():
         with open(C4, encoding="utf-8") as f:
             return [json.loads(line)["text"] for line in f][:600]
-    groups = [g for f in sorted(Path(os.__file__).parent.glob("*.py")) for g in prepare_c4.docstrings_of(str(f))]
+    groups = [g for f in sorted(Path(os.__file__).parent.glob("*.py")) for g in offline.docstrings_of(str(f))]
     seen: set[str] = set()
     fresh = [[p for p in g if p not in seen and not seen.add(p)] for g in groups]
     return [text for g in fresh if len(text := "\n".join(g)) > 200]
@@ -509,8 +512,8 @@ def test_reader_opens_more_shards_than_files_may_be_open(texts, tmp_path):
     n_shards = len([s for s in prepare(config)["shards"] if s["split"] == "train"])
     assert n_shards > 100
     code = (
-        "import resource, prepare_c4; resource.setrlimit(resource.RLIMIT_NOFILE, (150, 4096));"
-        f"c = prepare_c4.Corpus({str(tmp_path / 'o')!r}); print(sum(len(c[i]) for i in range(len(c))) == c.n_tokens)"
+        "import resource, corpus; resource.setrlimit(resource.RLIMIT_NOFILE, (150, 4096));"
+        f"c = corpus.Corpus({str(tmp_path / 'o')!r}); print(sum(len(c[i]) for i in range(len(c))) == c.n_tokens)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "True", done.stderr
@@ -619,7 +622,7 @@ def test_prose_keeps_english_and_drops_code_tables_and_markup():
         This would be the code of the example in it.
         ```
         """
-    assert prepare_c4.prose(docstring) == [
+    assert offline.prose(docstring) == [
         "Return the Tensor of the first value, which is None for an empty list.",
         "The values that are to be sorted in the given order.",
         "How many of the values to keep in the result.",
@@ -628,7 +631,7 @@ def test_prose_keeps_english_and_drops_code_tables_and_markup():
 
 @pytest.mark.slow
 def test_docstrings_of_this_environment_are_ten_megabytes():
-    documents = prepare_c4.collect_docstrings()
+    documents = offline.collect_docstrings()
     assert sum(map(len, documents)) > 10e6
     assert len(set(documents)) == len(documents)
 
@@ -661,7 +664,7 @@ def test_a_disturbed_passage_has_the_words_of_a_real_one(texts, tmp_path):
     write_word_order_task(texts[:50], tmp_path, 60, seed=0)
     real = {}
     for text in texts[:50]:
-        for words in prepare_c4.passages(text):
+        for words in offline.passages(text):
             real[tuple(sorted(words))] = words
     _, *lines = (tmp_path / "train.tsv").read_text().splitlines()
     for sentence, label in (line.split("\t") for line in lines):

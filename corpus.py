@@ -1,0 +1,312 @@
+"""A prepared corpus: its tokenizer and its documents. prepare_c4.py writes the folder, everything else reads it here.
+
+tokenizer.tiktoken, tokenizer.meta.json    the vocabulary, as tiktoken's own files, and its special ids
+train_*.bin/.idx, val_*.bin/.idx           flat uint16 ids without specials; int64 offsets of the documents
+meta.json                                  counts and checksums of every file; a folder without it is unfinished
+"""
+
+import base64
+import hashlib
+import json
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+try:
+    import resource
+except ImportError:  # Windows: no limit on open files that matters
+    resource = None
+
+FORMAT = 1  # version of the data folder and of tokenizer.meta.json
+SPECIALS = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
+N_FIXED = len(SPECIALS) + 256  # ids every vocabulary of ours has
+# One pattern for the trainer (Oniguruma) and for tiktoken (Rust): contractions, words with their leading space, numbers
+# in groups of three digits, punctuation, white space of which the last space goes to the word behind it. White space
+# is bounded: with \s+(?!\S) a run of a million spaces overflows tiktoken's stack.
+PATTERN = (
+    r"['’](?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])| ?[\p{L}\p{M}]+| ?\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+|\s{1,32}(?!\S)|\s{1,32}"
+)
+
+
+class BadInput(ValueError):
+    """Something the user can mend, in one line: what, where, what to do."""
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` so that a kill at any moment leaves the old file or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def to_json(value: object) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def read_json(path: Path) -> dict:
+    """A small JSON object of ours. BadInput when it is missing or damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(value, dict):
+            return value
+        problem = "it holds no JSON object"
+    except (OSError, ValueError) as e:
+        problem = str(e)
+    raise BadInput(f"{path} cannot be read ({problem}); prepare the folder again") from None
+
+
+def valid_unicode(text: str) -> str:
+    """`text` with lone surrogates, which UTF-8 cannot hold, replaced by U+FFFD."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+# ------------------------------------------------------------------------------------------------------- tokenizer
+class Tokenizer:
+    """Byte-level BPE run by tiktoken, or a Hugging Face tokenizer.json run by `tokenizers`.
+
+    Our own vocabulary: ids 0-4 are [PAD] [UNK] [CLS] [SEP] [MASK], 5-260 the bytes 0-255, then the merges in the order
+    they were learned. decode(encode(s)) == s.lower() (== s with lowercase=False) for every Unicode string; a lone
+    surrogate becomes U+FFFD. A Hugging Face vocabulary keeps its own ids and its own losses.
+
+    Attributes: vocab_size, lowercase, pad_id, unk_id, cls_id, sep_id, mask_id.
+    """
+
+    def __init__(self, vocabulary: bytes, meta: dict):
+        """`vocabulary`: content of tokenizer.tiktoken or tokenizer.json; `meta`: as made by train() or from_hf()."""
+        self.vocabulary, self.meta = vocabulary, meta
+        self.vocab_size, self.lowercase = meta["vocab_size"], meta["lowercase"]
+        self.names = {i: name for name, i in meta["special_ids"].items()}
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (meta["special_ids"][n] for n in SPECIALS)
+        self.hf = self.bpe = None
+        if meta["kind"] == "huggingface":
+            import tokenizers
+
+            self.hf = tokenizers.Tokenizer.from_str(vocabulary.decode("utf-8"))
+            self.hf.no_truncation()
+            self.hf.no_padding()
+            self.hf.encode_special_tokens = True  # "[MASK]" written in a corpus is ordinary text
+        else:
+            ranks = {base64.b64decode(t): int(r) for t, r in (x.split() for x in vocabulary.splitlines())}
+            self.bpe = tiktoken.Encoding(
+                "mosaic", pat_str=meta["pattern"], mergeable_ranks=ranks, special_tokens=meta["special_ids"]
+            )
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, lowercase: bool = True) -> "Tokenizer":
+        """Learn a byte-level BPE of exactly `vocab_size` entries; the same texts give the same bytes.
+
+        BadInput when vocab_size is not in 261..65536 or more than the texts can reach.
+        """
+        if not N_FIXED <= vocab_size <= 65536:
+            raise BadInput(f"--vocab_size {vocab_size} must be {N_FIXED}..65536 (5 specials, 256 bytes; uint16 ids)")
+        import tokenizers
+        from tokenizers import pre_tokenizers
+
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        split = pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated")
+        learner = tokenizers.Tokenizer(tokenizers.models.BPE())
+        learner.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size - len(SPECIALS),
+            min_frequency=2,
+            initial_alphabet=sorted(byte_level.alphabet()),
+            show_progress=False,
+        )
+        learner.train_from_iterator((valid_unicode(t.lower() if lowercase else t) for t in texts), trainer)
+        # The trainer writes each byte as one printable character: itself where it is printable, else 256, 257, …
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        hidden = sorted(set(range(256)) - set(printable))
+        byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(hidden)}
+        learned = sorted(learner.get_vocab().items(), key=lambda item: item[1])
+        tokens = [bytes([b]) for b in range(256)]
+        tokens += [bytes(byte_of[c] for c in token) for token, _ in learned if len(token) > 1]
+        if (reached := len(tokens) + len(SPECIALS)) != vocab_size:
+            raise BadInput(
+                f"the corpus is too small for --vocab_size {vocab_size}: it reaches {reached} tokens; "
+                "choose at most that, or a larger corpus"
+            )
+        lines = (b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(tokens, len(SPECIALS)))
+        meta = {"kind": "tiktoken", "vocab_size": vocab_size, "lowercase": lowercase}
+        return cls(b"".join(lines), meta | {"special_ids": dict(SPECIALS), "pattern": PATTERN})
+
+    @classmethod
+    def from_hf(cls, path: Path) -> "Tokenizer":
+        """A Hugging Face tokenizer.json (WordPiece, BPE, Unigram) as it is. BadInput when it is none, or when it lacks
+        a mask, padding, unknown, start or end token."""
+        try:
+            text = path.read_text(encoding="utf-8")
+            import tokenizers
+
+            vocab = tokenizers.Tokenizer.from_str(text).get_vocab(with_added_tokens=True)
+        except Exception as e:  # `tokenizers` raises bare Exception
+            raise BadInput(f"{path} is not a Hugging Face tokenizer.json ({e})") from None
+        ids = {ours: vocab.get(ours, vocab.get(roberta)) for ours, roberta in zip(
+            SPECIALS, ("<pad>", "<unk>", "<s>", "</s>", "<mask>"))}  # fmt: skip
+        if missing := [name for name, i in ids.items() if i is None]:
+            raise BadInput(f"{path} has no token {', '.join(missing)} (nor RoBERTa's name for it); an encoder needs it")
+        if (size := max(vocab.values()) + 1) > 65536:
+            raise BadInput(f"{path} has {size} tokens; token ids on disk are uint16, at most 65536")
+        # it does its own lowercasing; here that is only reported
+        normalizer = json.dumps(json.loads(text).get("normalizer"))
+        lowercase = '"lowercase": true' in normalizer or '"Lowercase"' in normalizer
+        meta = {"kind": "huggingface", "vocab_size": size, "lowercase": lowercase, "special_ids": ids}
+        return cls(text.encode(), meta)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Load from a folder written by save() (a data folder, a checkpoint) or from a tokenizer.json.
+
+        BadInput when the files are missing or damaged.
+        """
+        path = Path(path)
+        if path.is_dir() and (path / "tokenizer.meta.json").exists():
+            meta = read_json(path / "tokenizer.meta.json")
+            file = path / ("tokenizer.json" if meta.get("kind") == "huggingface" else "tokenizer.tiktoken")
+            try:
+                vocabulary = file.read_bytes()
+                if hashlib.sha256(vocabulary).hexdigest() != meta.pop("sha256") or meta.pop("format") != FORMAT:
+                    raise ValueError("it is not the one tokenizer.meta.json describes")
+                return cls(vocabulary, meta)
+            except (OSError, KeyError, ValueError) as e:
+                raise BadInput(f"{file} cannot be used ({e}); prepare the folder again") from None
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if not file.is_file():
+            raise BadInput(f"no tokenizer at {path}: give a tokenizer.json or a folder made by prepare_c4.py")
+        return cls.from_hf(file)
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.tiktoken (or tokenizer.json) and tokenizer.meta.json, each whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / ("tokenizer.json" if self.hf else "tokenizer.tiktoken"), self.vocabulary)
+        meta = {"format": FORMAT, "sha256": hashlib.sha256(self.vocabulary).hexdigest()} | self.meta
+        write_atomically(folder / "tokenizer.meta.json", to_json(meta))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids without specials. "[MASK]" written in `text` is ordinary text."""
+        return self.encode_arrays([text])[0].tolist()
+
+    def encode_with_masks(self, text: str) -> list[int]:
+        """As encode(), but each "[MASK]" (any case) becomes mask_id. White space before it is dropped: the token it
+        stands for carries its own leading space."""
+        first, *others = (self.encode(part) for part in re.split(r"\s*\[mask\]", text, flags=re.IGNORECASE))
+        return first + [i for part in others for i in (self.mask_id, *part)]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """encode() of each text, on all cores."""
+        return [ids.tolist() for ids in self.encode_arrays(texts)]
+
+    def encode_arrays(self, texts: list[str], threads: int = 0) -> list[np.ndarray]:
+        """encode() of each text as (n,) uint16 arrays, on `threads` threads (0: one per core)."""
+        if self.hf:
+            encodings = self.hf.encode_batch_fast([valid_unicode(t) for t in texts], add_special_tokens=False)
+            return [np.asarray(e.ids, np.uint16) for e in encodings]
+
+        def one(text: str) -> np.ndarray:  # encode_to_numpy is a fifth faster than a list of Python ints
+            text = valid_unicode(text.lower() if self.lowercase else text)
+            return self.bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+
+        threads = min(threads or os.cpu_count() or 1, len(texts))
+        if threads <= 1:
+            return [one(text) for text in texts]
+        with ThreadPoolExecutor(threads) as pool:  # tiktoken releases the GIL
+            return list(pool.map(one, texts))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids; special tokens are skipped, bytes that are no UTF-8 become U+FFFD."""
+        kept = [i for i in map(int, ids) if i not in self.names]
+        if bad := [i for i in kept if not 0 <= i < self.vocab_size]:
+            raise ValueError(f"token id {bad[0]} is outside the vocabulary of {self.vocab_size}")
+        return self.hf.decode(kept) if self.hf else self.bpe.decode(kept)
+
+    def token_text(self, token_id: int) -> str:
+        """One id for display: " the", "##ing", "[MASK]"."""
+        if token_id in self.names:
+            return self.names[token_id]
+        return (self.hf.id_to_token(token_id) or "") if self.hf else self.decode([token_id])
+
+
+# ---------------------------------------------------------------------------------------------------------- reader
+class Corpus:
+    """Memory-mapped documents of one split of a prepared folder: len(c), c[i], c.lengths.
+
+    Opening checks each file's size against meta.json and the tokenizer's checksum; verify=True also reads all shards
+    and checks theirs. BadInput (one line naming the file) for what does not match.
+
+    Attributes: folder, tokenizer_dir (Path), split, meta (dict), n_tokens (int).
+    """
+
+    def __init__(self, folder: str | Path, split: str = "train", verify: bool = False):
+        self.folder = self.tokenizer_dir = Path(folder)
+        self.split = split
+        if not (self.folder / "meta.json").exists():
+            state = "unfinished; run the same prepare_c4.py command again" if self.folder.is_dir() else "missing"
+            raise BadInput(f"{self.folder} holds no meta.json: the preparation is {state}")
+        self.meta = read_json(self.folder / "meta.json")
+        if self.meta.get("format") != FORMAT:
+            raise BadInput(f"{self.folder}/meta.json is of format {self.meta.get('format')}, not {FORMAT}")
+        try:
+            shards = [s for s in self.meta["shards"] if s["split"] == split]
+            checks = [(name, None, digest) for name, digest in self.meta["tokenizer_files"].items()]
+            for s in shards:
+                checks.append((s["bin"], 2 * s["tokens"], s["bin_sha256"] if verify else None))
+                checks.append((s["idx"], 8 * s["documents"] + 8, s["idx_sha256"] if verify else None))
+            for name, size, digest in checks:
+                self._check(self.folder / name, size, digest)
+        except (KeyError, TypeError, AttributeError) as e:
+            raise BadInput(f"{self.folder}/meta.json is damaged ({e!r}); prepare the folder again") from None
+        if not shards:
+            raise BadInput(f"{self.folder}/meta.json lists no shard of split {split!r}")
+        if resource:  # a memory map keeps its file open: all of C4 has 3,500, twice what a process may open by default
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            if soft != resource.RLIM_INFINITY and soft < 2 * len(shards) + 512:
+                wanted = 2 * len(shards) + 512 if hard == resource.RLIM_INFINITY else min(hard, 2 * len(shards) + 512)
+                resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+        # np.asarray: slicing a plain array over the map is several times faster than slicing a memmap
+        self.bins = [np.asarray(np.memmap(self.folder / s["bin"], "<u2", "r")) for s in shards]
+        self.idxs = [np.asarray(np.memmap(self.folder / s["idx"], "<i8", "r")) for s in shards]
+        for s, idx in zip(shards, self.idxs):
+            if idx[0] != 0 or idx[-1] != s["tokens"]:
+                raise BadInput(f"{self.folder / s['idx']} does not end at the {s['tokens']} tokens of meta.json")
+        self.first = np.cumsum([0] + [s["documents"] for s in shards]).tolist()  # index of each shard's first document
+        self.n_tokens = sum(s["tokens"] for s in shards)
+
+    def _check(self, path: Path, size: int | None, digest: str | None) -> None:
+        if not path.is_file():
+            raise BadInput(f"{path} is listed in meta.json but missing; prepare the folder again")
+        if size is not None and (found := path.stat().st_size) != size:
+            raise BadInput(f"{path} has {found} bytes, meta.json says {size}; prepare the folder again")
+        if digest is not None:
+            with open(path, "rb") as f:
+                if hashlib.file_digest(f, "sha256").hexdigest() != digest:
+                    raise BadInput(f"{path} does not have the sha256 in meta.json; prepare the folder again")
+
+    def __len__(self) -> int:
+        return self.first[-1]
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        """Token ids of document i, a read-only (n,) uint16 view of the file."""
+        if not 0 <= i < self.first[-1]:
+            raise IndexError(f"document {i} of {self.first[-1]}")
+        shard = bisect_right(self.first, i) - 1
+        idx, j = self.idxs[shard], i - self.first[shard]
+        return self.bins[shard][idx[j] : idx[j + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n_docs,) int64: tokens of each document, specials not counted."""
+        return np.concatenate([np.diff(idx) for idx in self.idxs])
