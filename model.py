@@ -133,12 +133,6 @@ def flops_per_token(cfg: EncoderConfig, s_eff: float, masked_share: float) -> fl
     return 6 * cfg.n_layers * per_layer + attention + 6 * masked_share * (d * d + d * cfg.padded_vocab_size)
 
 
-def matmul_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the hardware multiplies it (CUDA; CPUs with AMX or AVX512-BF16, about 6× fp32), else fp32."""
-    fast_cpu = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-    return torch.bfloat16 if device.type == "cuda" or fast_cpu else torch.float32
-
-
 # ----------------------------------------------------------------------------- layers
 
 
@@ -314,7 +308,7 @@ class Pretrained(nn.Module):
         """Load an own checkpoint, an official MosaicBERT or a Hugging Face BERT.
 
         path_or_name: folder with config.json and model.safetensors or pytorch_model.bin, or a name on the hub.
-        n_labels: for the classifiers; taken from the checkpoint where it has such a head.
+        n_labels: for the classifiers; None takes the checkpoint's, another number than its gets a new classifier.
         overrides: fields of EncoderConfig, e.g. `embedding_dropout=0.0`.
         The encoder's weights must all be there, of the right shape, and nothing unknown beside them; a head the
         checkpoint does not have is initialised and named in `.new_keys`. Raises ValueError in one line otherwise.
@@ -324,11 +318,13 @@ class Pretrained(nn.Module):
         weights = _read_weights(folder)
         if config.get("model_type") == "nanomosaicbert":
             kwargs = {f.name: config[f.name] for f in fields(EncoderConfig) if f.name in config}
-            n_labels = n_labels or config.get("n_labels")
         else:
             kwargs, weights = _from_hf_layout(config, weights)
-            if n_labels is None and "classifier.weight" in weights:
-                n_labels = len(weights["classifier.weight"])
+        stored = weights.get("classifier.weight")
+        if n_labels is None:
+            n_labels = None if stored is None else len(stored)
+        elif stored is not None and len(stored) != n_labels:  # a classifier for other classes is of no use
+            weights = {k: v for k, v in weights.items() if not k.startswith("classifier.")}
         cfg = EncoderConfig(**{**kwargs, **overrides})
         model = cls(cfg, n_labels) if issubclass(cls, SequenceClassifier | TokenClassifier) else cls(cfg)
         _load_weights(model, weights, str(path_or_name))
@@ -576,8 +572,8 @@ def find_checkpoints(run: str | Path) -> list[Path]:
 
     pretrain.py renames a checkpoint into place when it is whole, so step_<number> is complete and step_*.tmp is not.
     """
-    found = Path(run).glob("ckpt/step_*")
-    return sorted((p for p in found if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
+    found = (p for p in Path(run).glob("ckpt/step_*") if p.name[5:].isdigit() and (p / "model.safetensors").is_file())
+    return sorted(found, key=lambda p: int(p.name[5:]))
 
 
 def _find_folder(path_or_name: str | Path) -> Path:
@@ -588,7 +584,7 @@ def _find_folder(path_or_name: str | Path) -> Path:
         return path
     looks_local = path.exists() or (str(path_or_name).count("/") != 1 and not re.fullmatch(r"[\w.-]+", str(path)))
     if looks_local or os.environ.get("HF_HUB_OFFLINE") == "1":
-        raise ValueError(f"{path_or_name}: no config.json here; give a folder with config.json and weights")
+        raise ValueError(f"{path_or_name}: no checkpoint here; give a run folder, or one with config.json and weights")
     from huggingface_hub import snapshot_download  # comes with datasets
 
     try:

@@ -22,7 +22,6 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +41,8 @@ from tqdm import tqdm
 from batches import Batch, Batches, count_masked, mask_tokens
 from corpus import Corpus, Tokenizer
 from kernels import attention_backend, attention_tiles
-from model import PRESETS, EncoderConfig, MaskedLM, find_checkpoints, flops_per_token, matmul_dtype
+from machine import PEAK_BF16_TFLOPS, git_revision, pick_device, pick_dtype
+from model import PRESETS, EncoderConfig, MaskedLM, find_checkpoints, flops_per_token
 
 # ----------------------------------------------------------------------------- config
 
@@ -205,45 +205,9 @@ def masking_rate(spec: str, done: float) -> float:
 # ----------------------------------------------------------------------------- device, processes
 
 
-PEAK_BF16_TFLOPS = {  # dense, from the data sheets
-    "H200": 989.4,
-    "H100": 989.4,
-    "A100": 312.0,
-    "B200": 2250.0,
-    "L40S": 362.0,
-    "RTX 4090": 165.2,
-    "RTX 3090": 71.0,
-}
-
-
-def pick_device(cfg: TrainConfig, local_rank: int) -> torch.device:
-    """`--device`, or the best there is."""
-    kind = cfg.device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("error: --device cuda: torch sees no CUDA device")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise SystemExit("error: --device mps: torch sees no MPS device")
-    if kind == "cuda":
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
-    return torch.device(kind)
-
-
 def corpus_digest(folder: str) -> str:
     """Names the exact corpus: meta.json holds a checksum of every file."""
     return hashlib.sha256((Path(folder) / "meta.json").read_bytes()).hexdigest()[:16]
-
-
-def git_revision() -> str:
-    """Short hash of the checkout, '+' when it has changes, 'unknown' outside git."""
-    try:
-        here = Path(__file__).parent
-        describe = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--exclude=*"]
-        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 # ----------------------------------------------------------------------------- checkpoints
@@ -310,15 +274,15 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     """Run or continue one pretraining; returns the run folder."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check_config(cfg, world)
-    device = pick_device(cfg, int(os.environ.get("LOCAL_RANK", 0)))
-    dtype = matmul_dtype(device) if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
     run = Path(cfg.out) / (cfg.name or preset)
 
     try:
+        device = pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
         corpus, val_corpus = Corpus(cfg.data, "train"), Corpus(cfg.data, "val")
         tokenizer = Tokenizer.load(corpus.tokenizer_dir)
     except ValueError as e:
         raise SystemExit(f"error: {e}") from None
+    dtype = pick_dtype(cfg.dtype, device)
     cfg.model.vocab_size = tokenizer.vocab_size
     batches = Batches(corpus, tokenizer, cfg.seq_len, cfg.micro_tokens, cfg.documents, cfg.seed)
     eval_batches = Batches(val_corpus, tokenizer, cfg.seq_len, min(cfg.micro_tokens, cfg.eval_tokens), "all", seed=0)

@@ -1,0 +1,84 @@
+"""Ask a pretrained encoder for missing words.
+
+    python fill_mask.py runs/mosaic-base "paris is the [MASK] of france."
+    python fill_mask.py runs/mosaic-base "the [MASK] sat on the [MASK]." "she [MASK] home." --top_k 3
+    python fill_mask.py runs/mosaic-base                     # asks for sentences until an empty one
+
+A run folder means its latest checkpoint; a checkpoint folder, or one with official MosaicBERT or Hugging Face BERT
+weights and their tokenizer.json, works too. Seconds on a laptop.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from corpus import Tokenizer
+from model import MaskedLM, find_checkpoints
+
+
+@dataclass
+class Config:
+    """Ask a pretrained encoder for missing words."""
+
+    run: tyro.conf.Positional[str]  # run folder (its latest checkpoint) or checkpoint folder
+    sentences: tyro.conf.Positional[tuple[str, ...]] = ()  # with one [MASK] or more; none: asked for
+    top_k: int = 5  # answers for each mask
+
+
+@torch.no_grad()
+def fill_mask(model: MaskedLM, tokenizer: Tokenizer, text: str, top_k: int = 5) -> list[list[tuple[str, float]]]:
+    """For each [MASK] of `text`, in order: the top_k (token text, probability), likeliest first.
+
+    All masks are predicted at once, each as if the others stayed hidden. The model is put in eval mode.
+    ValueError when there is no [MASK], or the text is too long for learned positions.
+    """
+    ids = torch.tensor([tokenizer.cls_id, *tokenizer.encode_with_masks(text), tokenizer.sep_id])  # (T,)
+    masked_idx = (ids == tokenizer.mask_id).nonzero().flatten()  # (M,)
+    if not len(masked_idx):
+        raise ValueError(f"no [MASK] in {text!r}")
+    cu_seqlens = torch.tensor([0, len(ids)], dtype=torch.int32)
+    logits = model.eval()(ids, cu_seqlens=cu_seqlens, max_seqlen=len(ids), masked_idx=masked_idx)  # (M, V)
+    probabilities = logits[:, : tokenizer.vocab_size].float().softmax(-1)  # without the rows that pad the vocabulary
+    values, tokens = probabilities.topk(min(top_k, tokenizer.vocab_size))
+    return [[(tokenizer.token_text(t), p) for t, p in zip(*row)] for row in zip(tokens.tolist(), values.tolist())]
+
+
+def show(token: str) -> str:
+    """A token as a reader wants it: " the" -> "the"; what is no word by itself, quoted: "\\n" -> "'\\\\n'"."""
+    word = token.strip()
+    return word if word and word.isprintable() and "\ufffd" not in word else repr(token)
+
+
+def print_answers(model: MaskedLM, tokenizer: Tokenizer, sentence: str, top_k: int) -> None:
+    """The sentence, and a line of answers for each of its masks."""
+    answers = fill_mask(model, tokenizer, sentence, top_k)
+    print(f"\n{sentence}", *("  " + "   ".join(f"{show(t)} {p:.3f}" for t, p in a) for a in answers), sep="\n")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Command line; `args` replaces sys.argv[1:] in tests."""
+    cfg = tyro.cli(Config, args=args, use_underscores=True)
+    try:
+        if cfg.top_k < 1:
+            raise ValueError(f"--top_k {cfg.top_k}: give at least 1")
+        folder = (find_checkpoints(cfg.run) or [Path(cfg.run)])[-1]
+        model, tokenizer = MaskedLM.from_pretrained(folder), Tokenizer.load(folder)
+        for sentence in cfg.sentences:
+            print_answers(model, tokenizer, sentence, cfg.top_k)
+    except ValueError as e:
+        raise SystemExit(f"error: {e}") from None
+    while not cfg.sentences:
+        try:
+            if not (sentence := input("\nsentence with [MASK]: ").strip()):
+                break
+            print_answers(model, tokenizer, sentence, cfg.top_k)
+        except ValueError as e:
+            print(e)
+        except (EOFError, KeyboardInterrupt):
+            break
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""fill_mask.py: the right number of answers, real probabilities, words for a reader."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from corpus import Tokenizer
+from fill_mask import fill_mask, main, show
+from model import EncoderConfig, MaskedLM
+
+TEXTS = ["the cat sat on the mat.", "the dog sat on the cat.", "a man walks in the house\n", "naïve café"] * 20
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(TEXTS, 290)
+
+
+@pytest.fixture
+def run(tmp_path, tokenizer) -> Path:
+    """A run folder with two checkpoints; only the later one has learned that every mask is " cat"."""
+    for step in (1, 2):
+        torch.manual_seed(0)
+        model = MaskedLM(EncoderConfig(tokenizer.vocab_size, n_layers=1, n_heads=2, d_model=16, d_ff=16))
+        if step == 2:
+            with torch.no_grad():
+                model.head.decoder.bias[tokenizer.encode(" cat")[0]] = 9.0
+                model.head.decoder.bias[tokenizer.vocab_size :] = 99.0  # rows that only pad the vocabulary
+        folder = tmp_path / f"runs/x/ckpt/step_{step:08d}"
+        model.save_pretrained(folder)
+        tokenizer.save(folder)
+        (folder / "progress.json").write_text(json.dumps({"step": step}))
+    return tmp_path / "runs/x"
+
+
+def test_every_mask_gets_top_k_answers_with_probabilities(run, tokenizer):
+    model = MaskedLM.from_pretrained(run / "ckpt/step_00000002").train()
+    answers = fill_mask(model, tokenizer, "the [MASK] sat on the [mask].", top_k=4)
+    assert [len(a) for a in answers] == [4, 4]
+    for each in answers:
+        assert each[0][0] == " cat"
+        probabilities = [p for _, p in each]
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert 0 < sum(probabilities) <= 1
+    assert sum(p for _, p in fill_mask(model, tokenizer, "[MASK]", top_k=10**6)[0]) == pytest.approx(1)
+    assert fill_mask(model, tokenizer, "the [MASK] sat", 1) == fill_mask(model, tokenizer, "the [MASK] sat", 1)
+
+
+def test_answers_are_those_of_the_padded_model(run, tokenizer):
+    model = MaskedLM.from_pretrained(run / "ckpt/step_00000001").eval()
+    ids = torch.tensor([[tokenizer.cls_id, *tokenizer.encode_with_masks("the cat [MASK] on"), tokenizer.sep_id]])
+    logits = model(ids, torch.ones_like(ids))[0, ids[0] == tokenizer.mask_id, : tokenizer.vocab_size]
+    expected, token = logits.softmax(-1).max(-1)
+    ((answer,),) = fill_mask(model, tokenizer, "the cat [MASK] on", 1)
+    assert answer[0] == tokenizer.token_text(int(token))
+    assert answer[1] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_text_without_a_mask_is_refused(run, tokenizer):
+    model = MaskedLM.from_pretrained(run / "ckpt/step_00000001")
+    with pytest.raises(ValueError, match=r"no \[MASK\] in 'the cat'"):
+        fill_mask(model, tokenizer, "the cat")
+
+
+def test_words_are_clean_and_fragments_are_quoted():
+    assert show(" cat") == "cat"
+    assert show("é") == "é"
+    assert show(" ") == "' '"
+    assert show("\n") == r"'\n'"
+    assert show("\ufffd") == repr("\ufffd")
+    assert show("") == "''"
+
+
+def test_a_run_folder_means_its_latest_checkpoint(run, capsys):
+    main([str(run), "the [MASK] sat on the [MASK].", "a [MASK].", "--top_k", "2"])
+    blocks = capsys.readouterr().out.strip().split("\n\n")
+    assert [block.splitlines()[0] for block in blocks] == ["the [MASK] sat on the [MASK].", "a [MASK]."]
+    assert [len(block.splitlines()) for block in blocks] == [3, 2]  # a line for each mask
+    assert all(line.startswith("  cat 0.") for block in blocks for line in block.splitlines()[1:])
+
+
+def test_without_sentences_it_asks_until_an_empty_line(run, capsys, monkeypatch):
+    lines = iter(["the [MASK] sat", "no hole here", "a [MASK]", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    main([str(run)])
+    captured = capsys.readouterr()
+    assert captured.out.count("  cat 0.") == 2  # a slip of the pen does not end the session
+    assert "no [MASK] in 'no hole here'" in captured.out
+
+
+def test_bad_input_gets_one_line(tmp_path, run, capsys):
+    for args, expected in (
+        (["gone", "a [MASK]"], "gone"),
+        ([str(tmp_path), "a [MASK]"], "no checkpoint"),
+        ([str(run), "nothing hidden"], "no [MASK]"),
+        ([str(run), "a [MASK]", "--top_k", "0"], "--top_k 0"),
+    ):
+        with pytest.raises(SystemExit) as e:
+            main(args)
+        assert str(e.value).startswith("error: ")
+        assert expected in str(e.value)
+        assert "\n" not in str(e.value)

@@ -1,0 +1,723 @@
+"""finetune_glue.py, glue_tasks.py, hf_encoder.py: official files through the real path, judged by hand."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import finetune_glue
+import glue_tasks as glue
+from corpus import Tokenizer
+from finetune_glue import encode, find_checkpoints, main, predict, read_records, train
+from model import EncoderConfig, MaskedLM, SequenceClassifier
+
+REPO = Path(__file__).parents[1]
+DATA = REPO / "../shared/data"
+WORDS = "the a man woman dog cat house is was not very good bad runs sleeps in on river fine awful"
+WORDS = WORDS.split()
+QUICK = ["--epochs", "1", "--batch_size", "8", "--lr", "1e-3", "--device", "cpu", "--dtype", "float32"]
+
+
+def sentence(rng: np.random.Generator) -> str:
+    return " ".join(rng.choice(WORDS, rng.integers(3, 9)))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    rng = np.random.default_rng(0)
+    return Tokenizer.train([sentence(rng) for _ in range(400)], 300)
+
+
+def write_checkpoint(run: Path, tokenizer: Tokenizer, step: int, **shape) -> Path:
+    folder = run / f"ckpt/step_{step:08d}"
+    small = dict(n_layers=2, n_heads=2, d_model=32, d_ff=48)
+    torch.manual_seed(step)
+    MaskedLM(EncoderConfig(**{**small, "vocab_size": tokenizer.vocab_size, **shape})).save_pretrained(folder)
+    tokenizer.save(folder)
+    progress = dict(step=step, tokens=100 * step, train_seconds=step / 2, gpu_seconds=step / 2, dollars=0.5)
+    (folder / "progress.json").write_text(json.dumps({**progress, "family": "mosaic", "preset": "small"}))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, tokenizer) -> Path:
+    write_checkpoint(tmp_path / "runs/small", tokenizer, 10)
+    return tmp_path / "runs/small"
+
+
+# the official headers; what is neither text nor label is filled with "-"
+HEADERS = {
+    "MNLI": "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse "
+    "sentence2_parse sentence1 sentence2 label1 gold_label",
+    "QQP": "id qid1 qid2 question1 question2 is_duplicate",
+    "QNLI": "index question sentence label",
+    "SST-2": "sentence label",
+    "CoLA": "source label mark sentence",
+    "RTE": "index sentence1 sentence2 label",
+    "MRPC": "Quality,#1 ID,#2 ID,#1 String,#2 String",
+    "STS-B": "index genre filename year old_index source1 source2 sentence1 sentence2 score",
+}
+
+
+def official_rows(task: str, n: int, seed: int, labelled: bool = True) -> list[dict[str, str]]:
+    """n rows as the official file of `task` has them, every label in turn, with a quote and an apostrophe."""
+    rng = np.random.default_rng([seed, *task.encode()])
+    spec, out = glue.TASKS[task], []
+    for i in range(n):
+        row = dict.fromkeys(re.split("," if task == "MRPC" else " ", HEADERS[task]), "-")
+        for column in spec.columns[0]:
+            row[column] = ('"' if i % 3 == 0 else "") + sentence(rng)
+        label = str(round(rng.uniform(0, 5), 3)) if spec.regression else spec.labels[i % len(spec.labels)]
+        row[spec.label_columns[0]] = label
+        if not labelled:
+            del row[spec.label_columns[0]]
+        out.append(row)
+    return out
+
+
+def write_tsv(path: Path, rows: list[dict[str, str]], header: bool = True, extra: str = "") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ["\t".join(rows[0])] * header + ["\t".join(row.values()) for row in rows]
+    path.write_text("\n".join(lines) + "\n" + extra, encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def glue_dir(tmp_path_factory) -> Path:
+    """All eight tasks in the official layout, small; MNLI and QQP with the broken rows they are known for."""
+    root = tmp_path_factory.mktemp("glue")
+    for task in glue.TASKS:
+        broken = {"MNLI": "7\t8\ttorn\n", "QQP": "1\t2\t3\thow is the\ncat?\tthe cat\t1\n9\t9\t9\ta\tb\t\n"}.get(
+            task, ""
+        )
+        header = task != "CoLA"
+        write_tsv(root / task / "train.tsv", official_rows(task, 24, 0), header, broken)
+        for split in glue.TASKS[task].splits("dev"):
+            write_tsv(root / task / f"{split}.tsv", official_rows(task, 12, len(split)), header)
+        for split in glue.TASKS[task].splits("test"):
+            write_tsv(root / task / f"{split}.tsv", official_rows(task, 5, len(split), labelled=False))
+    return root
+
+
+def records(run: Path) -> dict[str, list[dict]]:
+    return {path.stem: read_records(path) for path in (run / "glue").glob("*.jsonl")}
+
+
+def fails(capsys, args: list[str]) -> str:
+    """The one line that main() ends with on bad input."""
+    with pytest.raises(SystemExit) as e:
+        main(args)
+    message = str(e.value)
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    return message
+
+
+# ----------------------------------------------------------------------------- the eight tasks
+
+
+def test_every_task_runs_on_files_in_the_official_formats(run, glue_dir, capsys):
+    main([str(run), "--glue_dir", str(glue_dir), "--seeds", "1", *QUICK])
+    out, found = capsys.readouterr().out, records(run)
+    assert set(found) == set(glue.TASKS)
+    for task, (record,) in found.items():
+        expected = {"CoLA": {"matthews"}, "STS-B": {"spearman", "pearson"}, "MNLI": {"accuracy_m", "accuracy_mm"}}
+        expected |= {"QQP": {"accuracy", "f1"}, "MRPC": {"accuracy", "f1"}}
+        assert set(record["metrics"]) == expected.get(task, {"accuracy"})
+        counted = [v for k, v in record["metrics"].items() if k != "pearson"]
+        assert record["score"] == pytest.approx(np.mean(counted))
+        assert record["n_train"] == 24
+        assert record["n_dev"] == (24 if task == "MNLI" else 12)
+        assert record["checkpoint"] == "ckpt/step_00000010"
+        assert (record["step"], record["tokens"], record["pretrain_seconds"]) == (10, 1000, 5.0)
+        assert record["recipe"]["start"].startswith("MNLI" if task in glue.FROM_MNLI else "checkpoint")
+        assert not record["official"]
+        assert f"{task} · small step_00000010 · seed 1" in out
+        assert f"{task}: train 24" in out
+    assert "QQP/train.tsv: 3 broken rows" in out
+    assert "MNLI/train.tsv: 1 broken rows" in out
+    assert out.count("subset of 24 rows, not the official task") == 8
+    assert out.count("from its MNLI model") == 3
+    assert "8-task mean, last evaluation" in out
+    assert "9-number mean, best evaluation" in out
+    mean = np.mean([100 * record["score"] for (record,) in found.values()])
+    assert f"{mean:.2f}" in out
+
+
+@pytest.mark.parametrize("task", glue.TASKS)
+def test_tsv_and_hub_parquet_read_the_same(task, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    spec, rows = glue.TASKS[task], official_rows(task, 9, 0)
+    write_tsv(tmp_path / "train.tsv", rows, header=task != "CoLA")
+    labels = [r[spec.label_columns[0]] for r in rows]
+    hub = {c: [r[o] for r in rows] for c, o in zip(spec.columns[-1], spec.columns[0])}
+    hub["label"] = [float(x) for x in labels] if spec.regression else [spec.labels.index(x) for x in labels]
+    pq.write_table(pa.table(hub), tmp_path / "train.parquet")
+    tsv, parquet = (glue.read_split(tmp_path / f"train.{kind}", spec) for kind in ("tsv", "parquet"))
+    assert tsv.texts == parquet.texts
+    assert len(tsv.texts) == (1 if task in ("SST-2", "CoLA") else 2)
+    assert tsv.texts[0][0].startswith('"')  # a quote is a character, it opens nothing
+    assert glue.to_numbers(tsv, spec).tolist() == glue.to_numbers(parquet, spec).tolist()
+    if task == "MNLI":
+        assert glue.to_numbers(tsv, spec).tolist() == [0, 1, 2] * 3  # entailment, neutral, contradiction, as the hub
+
+
+def test_labels_are_in_the_hubs_order():
+    assert glue.TASKS["MNLI"].labels == ("entailment", "neutral", "contradiction")
+    assert glue.TASKS["QNLI"].labels == glue.TASKS["RTE"].labels == ("entailment", "not_entailment")
+    assert all(glue.TASKS[task].labels == ("0", "1") for task in ("QQP", "MRPC", "SST-2", "CoLA"))
+
+
+def test_parquet_in_the_hub_layout_is_found(tmp_path):
+    (tmp_path / "sst2").mkdir()
+    (tmp_path / "sst2/validation-00000-of-00001.parquet").touch()
+    assert glue.locate(str(tmp_path), "SST-2", "dev").name == "validation-00000-of-00001.parquet"
+    assert glue.locate(str(tmp_path), "SST-2", "train") == tmp_path / "SST-2/train.tsv"
+    assert glue.locate("", "STS-B", "dev") == ("stsb", "validation")
+    assert glue.locate("", "MNLI", "dev_mismatched") == ("mnli", "validation_mismatched")
+
+
+@pytest.mark.skipif(not (DATA / "glue").is_dir(), reason="the official files are not in this clone")
+@pytest.mark.parametrize("task", ["SST-2", "CoLA", "RTE", "MRPC", "STS-B"])
+def test_official_files_have_their_official_size(task):
+    sources = {s: glue.locate(str(DATA / "glue"), task, s) for s in ("train", "dev")}
+    data = glue.load_data(glue.TASKS[task], sources)
+    assert data.official
+    assert "official size" in data.notes[0]
+    assert len(data.train.lines) == glue.TASKS[task].sizes[0]
+    assert not any("broken" in note for note in data.notes)
+
+
+def test_recipe_is_upstreams():
+    decay = {name: task.recipe.weight_decay * task.recipe.lr for name, task in glue.TASKS.items()}  # decoupled
+    assert decay == pytest.approx(
+        {"MNLI": 5e-6, "QQP": 3e-6, "QNLI": 1e-6, "SST-2": 3e-6, "CoLA": 5e-6, "RTE": 1e-5, "MRPC": 8e-6, "STS-B": 3e-6}
+    )
+    jobs = {name: (t.recipe.epochs, t.recipe.batch_size, t.recipe.n_seeds) for name, t in glue.TASKS.items()}
+    assert jobs["MNLI"] == (3, 48, 1)
+    assert jobs["QQP"] == (5, 16, 1)
+    assert jobs["QNLI"] == (10, 16, 1)
+    assert jobs["SST-2"] == (3, 16, 3)
+    assert jobs["CoLA"] == (10, 32, 4)
+    assert jobs["RTE"] == (3, 16, 5)
+    assert jobs["MRPC"] == jobs["STS-B"] == (10, 32, 5)
+
+
+def test_small_tasks_start_from_mnli_only_when_it_is_there(run, glue_dir, capsys):
+    common = ["--glue_dir", str(glue_dir), "--seeds", "1", *QUICK]
+    main([str(run), "--task", "RTE", *common])
+    assert "from the checkpoint" in capsys.readouterr().out
+    main([str(run), "--task", "MNLI", *common])
+    capsys.readouterr()
+    main([str(run), "--task", "RTE", *common])  # another start is another job; MNLI's model is still there
+    assert "from its MNLI model" in capsys.readouterr().out
+    main([str(run), "--task", "RTE", "--no_mnli_start", *common])
+    assert "1 jobs had been finished before" in capsys.readouterr().out
+    plain, warm = records(run)["RTE"]
+    assert plain["history"][0]["loss"] != warm["history"][0]["loss"]
+    folder = run / "glue/mnli/step_00000010"
+    assert SequenceClassifier.from_pretrained(folder).n_labels == 3
+    # a run pretrained anew under its old name does not inherit the old MNLI model
+    progress = run / "ckpt/step_00000010/progress.json"
+    progress.write_text(progress.read_text().replace('"train_seconds": 5.0', '"train_seconds": 6.0'))
+    main([str(run), "--task", "RTE", *common])
+    assert "from the checkpoint" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------- metrics
+
+
+def test_metrics_are_those_computed_by_hand():
+    y, answers = np.array([1, 1, 1, 0, 0, 0, 0, 1]), np.array([1, 1, 0, 0, 0, 1, 0, 1])
+    tp, tn, fp, fn = 3, 3, 1, 1
+    assert glue.metric("accuracy", y, answers) == 6 / 8
+    assert glue.metric("f1", y, answers) == 2 * tp / (2 * tp + fp + fn)
+    matthews = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    assert glue.metric("matthews", y, answers) == pytest.approx(matthews)
+    a, b = np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 4.0, 9.0, 8.0])
+    pearson = np.sum((a - a.mean()) * (b - b.mean())) / math.sqrt(np.sum((a - 2.5) ** 2) * np.sum((b - 5.5) ** 2))
+    assert glue.metric("pearson", a, b) == pytest.approx(pearson)
+    assert glue.metric("spearman", a, b) == pytest.approx(1 - 6 * (0 + 0 + 1 + 1) / (4 * 15))  # ranks 1 2 4 3
+
+
+def test_constant_answers_score_zero_without_a_warning():
+    y, same = np.array([1, 0, 1, 1]), np.zeros(4, dtype=int)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert glue.metric("f1", y, same) == 0.0
+        assert glue.metric("f1", same, same) == 0.0
+        assert glue.metric("matthews", y, same) == 0.0
+        assert glue.metric("matthews", same, y) == 0.0
+        for name in ("pearson", "spearman"):
+            assert glue.metric(name, y.astype(float), np.full(4, 2.5)) == 0.0
+
+
+def test_majority_is_the_score_of_the_commonest_training_label(glue_dir, tmp_path):
+    rows = official_rows("MRPC", 12, 0)
+    for row in rows[:9]:
+        row["Quality"] = "1"
+    write_tsv(tmp_path / "train.tsv", rows)
+    task = glue.TASKS["MRPC"]
+    data = glue.load_data(task, {"train": tmp_path / "train.tsv", "dev": glue_dir / "MRPC/dev.tsv"})
+    assert glue.majority(data) == pytest.approx((0.5 + 2 * 6 / (2 * 6 + 6)) / 2)  # 6 of 12: accuracy 0.5, F1 2/3
+
+
+def test_both_averages_are_what_they_are_called():
+    metrics = {
+        "MNLI": {"accuracy_m": 0.8, "accuracy_mm": 0.6}, "QQP": {"accuracy": 0.9, "f1": 0.7}, "QNLI": {"accuracy": 0.5},
+        "SST-2": {"accuracy": 0.9}, "CoLA": {"matthews": 0.4}, "RTE": {"accuracy": 0.6},
+        "MRPC": {"accuracy": 0.8, "f1": 0.6}, "STS-B": {"spearman": 0.3, "pearson": 0.9},
+    }  # fmt: skip
+    rows = []
+    for task, last in metrics.items():
+        better = {k: v + 0.1 for k, v in last.items()}
+        score = np.mean([v for k, v in last.items() if k != "pearson"])
+        common = dict(task=task, run="r", checkpoint="random", step=0, majority=0.1, official=task != "QQP")
+        rows.append(dict(**common, score=score, history=[better, last]))
+        rows.append(dict(**common, score=score + 0.02, history=[better, last]))
+    text = glue.table(rows)
+    row = next(line for line in text.splitlines() if line.startswith("r random"))
+    eight = np.mean([70, 80, 50, 90, 40, 60, 70, 30]) + 1  # + half of the second seed's 2 points
+    nine = np.mean([80, 60, 70, 50, 90, 40, 60, 60, 30]) + 10
+    assert row.split()[-2:] == [f"{eight:.2f}", f"{nine:.2f}"]
+    assert "71.0 ± 1.4 (2)" in row  # MNLI: 70 and 72
+    assert "QQP*" in text
+    assert "* a subset" in text
+    assert "84.28" in next(line for line in text.splitlines() if "model card" in line)
+    five = glue.table([r for r in rows if r["task"] in ("CoLA", "RTE")])
+    assert "mean of 2 tasks" in five
+    assert "8-task" not in five
+
+
+# ----------------------------------------------------------------------------- flat batches
+
+
+def test_pairs_are_cut_longest_first(tokenizer):
+    a, b = [" ".join(["the"] * 12)], [" ".join(["dog"] * 4)]
+    n_a, n_b = len(tokenizer.encode(a[0])), len(tokenizer.encode(b[0]))
+    assert n_a > n_b
+    whole = encode([a, b], tokenizer, 256)
+    assert whole.ids.tolist() == [
+        tokenizer.cls_id, *tokenizer.encode(a[0]), tokenizer.sep_id, *tokenizer.encode(b[0]), tokenizer.sep_id,
+    ]  # fmt: skip
+    cut = encode([a, b], tokenizer, 3 + n_a + n_b - 2)  # two tokens too many: both leave the longer
+    assert cut.first.tolist() == [n_a]  # [CLS] + n_a - 2 + [SEP]
+    assert cut.ids[n_a:].tolist() == [*tokenizer.encode(b[0]), tokenizer.sep_id]
+    tight = encode([a, b], tokenizer, 3 + 5)  # 5 tokens for both: 3 and 2
+    assert (tight.first.tolist(), len(tight.ids)) == ([5], 8)
+    assert len(encode([a], tokenizer, 8).ids) == 8
+
+
+def test_flat_batches_equal_padded_ones(tokenizer):
+    rng = np.random.default_rng(3)
+    texts = [[sentence(rng) for _ in range(7)] for _ in "ab"]
+    data = encode(texts, tokenizer, 20)
+    torch.manual_seed(0)
+    model = SequenceClassifier(EncoderConfig(vocab_size=300, n_layers=2, n_heads=2, d_model=32, d_ff=48), 3).eval()
+    index = np.array([4, 0, 6, 2])
+    batch = data.batch(index, torch.device("cpu"))
+    assert batch["input_ids"].dtype == torch.int64
+    assert batch["cu_seqlens"].dtype == torch.int32
+    ids, mask, types = (torch.zeros(4, 20, dtype=torch.long) for _ in range(3))
+    for row, i in enumerate(index):
+        example = data.ids[data.starts[i] : data.starts[i + 1]]
+        ids[row, : len(example)] = torch.from_numpy(example)
+        mask[row, : len(example)] = 1
+        types[row, data.first[i] : len(example)] = 1
+    torch.testing.assert_close(model(**batch), model(ids, mask, types))
+    logits = predict(model, data, torch.float32)  # in batches sorted by length, but in the examples' order
+    np.testing.assert_allclose(logits[index], model(**batch).detach(), atol=1e-5)
+
+
+def test_predict_keeps_the_order_over_many_batches():
+    class Echo(torch.nn.Linear):  # answers with the first token of each example
+        def forward(self, input_ids, token_type_ids, cu_seqlens, max_seqlen):
+            return input_ids[cu_seqlens[:-1].long()].float()[:, None]
+
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 200, 900)  # about 90,000 tokens: several batches
+    starts = np.concatenate([[0], lengths.cumsum()])
+    ids = np.repeat(np.arange(900), lengths).astype(np.int32)
+    data = finetune_glue.Encoded(ids, starts, lengths)
+    assert predict(Echo(1, 1), data, torch.float32)[:, 0].tolist() == list(range(900))
+
+
+# ----------------------------------------------------------------------------- training
+
+
+def test_gradients_equal_hugging_face_bert(tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=120, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=3, max_position_embeddings=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = BertForSequenceClassification(config).train()
+    theirs.save_pretrained(tmp_path)
+    ours = SequenceClassifier.from_pretrained(tmp_path).train()
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 120, (4, 11), generator=g)
+    mask = (torch.arange(11) < torch.tensor([[11], [3], [7], [5]])).long()
+    types, y = (torch.arange(11) > 2).long().expand(4, 11) * mask, torch.tensor([0, 2, 1, 1])
+    loss = F.cross_entropy(ours(ids, mask, types), y)
+    loss.backward()
+    reference = theirs(input_ids=ids, attention_mask=mask, token_type_ids=types, labels=y).loss
+    reference.backward()
+    torch.testing.assert_close(loss, reference)
+    named = dict(theirs.named_parameters())
+    pairs = {
+        "encoder.embeddings.word.weight": "bert.embeddings.word_embeddings.weight",
+        "encoder.embeddings.position.weight": "bert.embeddings.position_embeddings.weight",
+        "encoder.embeddings.token_type.weight": "bert.embeddings.token_type_embeddings.weight",
+        "encoder.layers.0.mlp.inp.weight": "bert.encoder.layer.0.intermediate.dense.weight",
+        "encoder.layers.1.mlp_norm.weight": "bert.encoder.layer.1.output.LayerNorm.weight",
+        "pooler.weight": "bert.pooler.dense.weight",
+        "classifier.weight": "classifier.weight",
+        "classifier.bias": "classifier.bias",
+    }
+    for mine, other in pairs.items():
+        torch.testing.assert_close(ours.get_parameter(mine).grad, named[other].grad, atol=1e-6, rtol=1e-4)
+    q_k_v = [named[f"bert.encoder.layer.0.attention.self.{n}.weight"].grad for n in ("query", "key", "value")]
+    qkv = ours.get_parameter("encoder.layers.0.attention.qkv.weight").grad
+    torch.testing.assert_close(qkv, torch.cat(q_k_v), atol=1e-6, rtol=1e-4)
+
+
+def toy_task(folder: Path, n: int = 160) -> list[str]:
+    """Label: does the sentence say "good"? Written as a task of one's own; returns its arguments."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(n):
+        words = sentence(rng).replace("good", "fine").split()
+        words[rng.integers(len(words))] = "good" if i % 2 else "bad"
+        rows.append({"sentence": " ".join(words), "label": "positive" if i % 2 else "negative"})
+    write_tsv(folder / "toy/train.tsv", rows[: n * 3 // 4])
+    write_tsv(folder / "toy/dev.tsv", rows[n * 3 // 4 :])
+    return ["--train", str(folder / "toy/train.tsv"), "--dev", str(folder / "toy/dev.tsv")]
+
+
+LEARN = ["--epochs", "12", "--batch_size", "16", "--lr", "3e-3", "--dropout", "0", "--device", "cpu", "--seeds", "5"]
+
+
+def test_a_learnable_task_is_learned_and_numbers_are_reproducible(run, tmp_path, capsys):
+    task = toy_task(tmp_path)
+    main([str(run), *task, *LEARN])
+    (first,) = records(run)["toy"]  # named after its folder
+    assert first["majority"] == 0.5
+    assert first["score"] > 0.9
+    assert len(first["history"]) == 12
+    assert first["history"][-1]["accuracy"] == first["metrics"]["accuracy"]
+    assert "2 classes: negative, positive" in capsys.readouterr().out
+    (run / "glue/toy.jsonl").unlink()
+    main([str(run), *task, *LEARN])
+    (second,) = records(run)["toy"]
+    assert second["history"] == first["history"]
+    main([str(run), *task, *LEARN[:-1], "6"])
+    assert records(run)["toy"][-1]["history"] != first["history"]  # another seed: another head, another order
+
+
+def test_from_scratch_is_the_same_shape_with_random_weights(run, tmp_path, capsys):
+    main([str(run), *toy_task(tmp_path, 40), "--from_scratch", "--seeds", "1", *QUICK])
+    pretrained, random = records(run)["toy"]
+    assert (random["checkpoint"], random["step"], random["tokens"], random["pretrain_seconds"]) == ("random", 0, 0, 0.0)
+    assert random["family"] == "mosaic"
+    assert pretrained["history"] != random["history"]
+    assert "from random weights" in capsys.readouterr().out
+
+
+def test_learning_rate_warms_up_and_ends_at_zero(tokenizer, monkeypatch):
+    rates, settings = [], {}
+
+    class Spy(torch.optim.AdamW):
+        def __init__(self, *args, **kwargs):
+            settings.update(kwargs)
+            super().__init__(*args, **kwargs)
+
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step()
+
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    rng = np.random.default_rng(0)
+    data = encode([[sentence(rng) for _ in range(50)]], tokenizer, 16)
+    model = SequenceClassifier(EncoderConfig(vocab_size=300, n_layers=1, n_heads=2, d_model=16, d_ff=16), 2)
+    recipe = replace(glue.TASKS["RTE"].recipe, epochs=10, batch_size=5)
+    bar = finetune_glue.tqdm(disable=True)
+    losses = list(train(model, data, np.arange(50) % 2, recipe, 0, torch.float32, bar))
+    assert len(losses) == 10
+    assert len(rates) == 100
+    assert rates[:6] == pytest.approx([1e-5 * k / 6 for k in range(1, 7)])  # 6 % of 100 steps
+    assert rates[5] == max(rates)
+    assert rates[-1] == pytest.approx(1e-5 / 94)
+    assert (settings["betas"], settings["eps"], settings["weight_decay"]) == ((0.9, 0.98), 1e-6, 1.0)
+
+
+def test_examples_are_shuffled_anew_every_epoch_and_each_is_seen_once():
+    seen = []
+
+    class Spy(torch.nn.Linear):
+        def forward(self, input_ids, **_):
+            seen.append(input_ids.tolist())
+            return self.weight.expand(len(input_ids), 1)
+
+    data = finetune_glue.Encoded(np.arange(10, dtype=np.int32), np.arange(11), np.ones(10, dtype=int))
+    recipe = glue.Recipe(lr=0.0, weight_decay=0.0, epochs=2, batch_size=4)
+    bar = finetune_glue.tqdm(disable=True)
+    list(train(Spy(1, 1), data, np.zeros(10, dtype=np.float32), recipe, 7, torch.float32, bar))
+    assert [len(batch) for batch in seen] == [4, 4, 2] * 2
+    epochs = [[i for batch in half for i in batch] for half in (seen[:3], seen[3:])]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10))
+    assert epochs[0] != epochs[1] != list(range(10))
+
+
+# ----------------------------------------------------------------------------- tasks of one's own
+
+
+def test_regression_on_jsonl_with_two_named_columns(run, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name, n in (("train", 96), ("dev", 32)):
+        rows = []
+        for _ in range(n):
+            k = int(rng.integers(0, 5))
+            pair = {"left": " ".join(["dog"] * k + ["cat"] * (4 - k)), "right": sentence(rng), "grade": k / 2}
+            rows.append(json.dumps(pair))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    files = ["--train", str(tmp_path / "train.jsonl"), "--dev", str(tmp_path / "dev.jsonl")]
+    columns = ["--text_columns", "left,right", "--label_column", "grade", "--regression"]
+    main([str(run), "--task", "dogs", *files, *columns, *LEARN])
+    (record,) = records(run)["dogs"]
+    assert record["majority"] == 0.0
+    assert set(record["metrics"]) == {"spearman", "pearson"}
+    assert record["score"] == record["metrics"]["spearman"] > 0.7
+    message = fails(capsys, [str(run), "--task", "dogs", *files, *columns[:-1], *LEARN])  # forgot --regression
+    assert "train.jsonl:" in message
+    assert "--regression" in message
+
+
+def test_predictions_are_written_for_unlabelled_rows(run, tmp_path, capsys):
+    task = toy_task(tmp_path)
+    (tmp_path / "new.tsv").write_text("sentence\nthe dog is good\na cat was bad\nthe river is good\n")
+    args = [str(run), *task, *LEARN, "--predict", str(tmp_path / "new.tsv")]
+    main(args)
+    path = run / "glue/predictions/toy_step_00000010_seed5_new.tsv"
+    assert path.read_text() == "index\tprediction\n0\tpositive\n1\tnegative\n2\tpositive\n"
+    capsys.readouterr()
+    main(args)
+    assert "1 jobs had been finished before" in capsys.readouterr().out
+    path.unlink()  # asked for and gone: the job is not finished
+    main(args)
+    assert path.exists()
+
+
+def test_submission_has_the_leaderboards_files(run, glue_dir, tmp_path):
+    main([str(run), "--glue_dir", str(glue_dir), "--seeds", "1,2", "--submission", str(tmp_path / "out"), *QUICK])
+    names = {"MNLI-m", "MNLI-mm", "QQP", "QNLI", "SST-2", "CoLA", "RTE", "MRPC", "STS-B"}
+    assert {path.stem for path in (tmp_path / "out").iterdir()} == names
+    for name in names:
+        lines = (tmp_path / f"out/{name}.tsv").read_text().splitlines()
+        assert lines[0] == "index\tprediction"
+        assert [line.split("\t")[0] for line in lines[1:]] == list("01234")
+        answers = {line.split("\t")[1] for line in lines[1:]}
+        if name == "STS-B":
+            assert all(0 <= float(a) <= 5 for a in answers)
+        else:
+            assert answers <= set(glue.TASKS[name.split("-m")[0]].labels)
+
+
+# ----------------------------------------------------------------------------- jobs
+
+
+def test_finished_jobs_are_skipped_and_a_torn_line_runs_again(run, tmp_path, capsys):
+    write_checkpoint(run, Tokenizer.load(run / "ckpt/step_00000010"), 20)
+    task = toy_task(tmp_path, 40)
+    args = [str(run), *task, "--checkpoints", "all", *QUICK]
+    main([*args, "--seeds", "1"])
+    capsys.readouterr()
+    before = (run / "glue/toy.jsonl").read_bytes()
+    main([*args, "--seeds", "1,2"])
+    out = capsys.readouterr().out
+    assert "2 jobs had been finished before" in out
+    assert "(2)" in out  # the table has both seeds
+    assert (run / "glue/toy.jsonl").read_bytes().startswith(before)
+    assert len(records(run)["toy"]) == 4
+    whole = (run / "glue/toy.jsonl").read_bytes()
+    (run / "glue/toy.jsonl").write_bytes(whole[:-40])  # killed while writing
+    assert len(records(run)["toy"]) == 3
+    main([*args, "--seeds", "1,2"])
+    assert "3 jobs had been finished before" in capsys.readouterr().out
+    again = records(run)["toy"]
+    assert [r["history"] for r in again] == [json.loads(line)["history"] for line in whole.splitlines()]
+    with open(tmp_path / "toy/train.tsv", "a") as f:
+        f.write("the good river\tpositive\n")
+    main([*args, "--seeds", "1"])  # other data is another job
+    assert len(records(run)["toy"]) == 6
+
+
+def test_checkpoints_can_be_chosen(run, tmp_path, tokenizer, capsys):
+    write_checkpoint(run, tokenizer, 20)
+    unfinished = write_checkpoint(run, tokenizer, 30)
+    (unfinished / "model.safetensors").unlink()
+    (run / "ckpt/.step_00000040.tmp").mkdir()
+    assert [p.name for p in find_checkpoints(run)] == ["step_00000010", "step_00000020"]
+    args = [*toy_task(tmp_path, 40), "--seeds", "1", *QUICK]
+    main([str(run), *args])
+    main([str(run), "--checkpoints", "10", *args])
+    main([str(run / "ckpt/step_00000010"), *args])  # the same start by its own name
+    assert "1 jobs had been finished before" in capsys.readouterr().out
+    assert [r["step"] for r in records(run)["toy"]] == [20, 10]
+    assert "no checkpoint of step 15" in fails(capsys, [str(run), "--checkpoints", "10,15", *args])
+
+
+def test_two_workers_share_the_jobs_and_end_with_the_same_numbers(run, glue_dir, tmp_path, tokenizer):
+    write_checkpoint(tmp_path / "runs/other", tokenizer, 10)
+    tasks = ["--task", "RTE,MNLI,SST-2", "--glue_dir", str(glue_dir), "--seeds", "1,2", *QUICK]
+    main([str(run), *tasks])
+    workers = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*workers, str(REPO / "finetune_glue.py"), str(tmp_path / "runs/other"), *tasks]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("mean of 3 tasks") == 1  # one table
+    alone, shared = records(run), records(tmp_path / "runs/other")
+    for task in ("RTE", "MNLI", "SST-2"):
+        numbers = [{r["seed"]: r["history"] for r in found[task]} for found in (alone, shared)]
+        assert len(numbers[0]) == 2
+        assert numbers[0] == numbers[1]
+
+
+# ----------------------------------------------------------------------------- other starts
+
+
+def write_hf_bert(folder: Path) -> None:
+    """A random Hugging Face BERT with a WordPiece tokenizer.json."""
+    from tokenizers import Tokenizer as HFTokenizer
+    from tokenizers import models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocab = {word: i for i, word in enumerate([*specials, *WORDS])}
+    tok = HFTokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tok.normalizer, tok.pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    tok.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
+    PreTrainedTokenizerFast(tokenizer_object=tok, **names).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocab), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=24,
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(folder)
+
+
+def test_hugging_face_bert_is_fine_tuned_by_our_model_and_by_transformers(tmp_path, glue_dir, capsys):
+    from hf_encoder import HFClassifier, HFTokenizer
+
+    write_hf_bert(tmp_path / "bert")
+    theirs, ours = HFClassifier(str(tmp_path / "bert"), 2).eval(), SequenceClassifier.from_pretrained(tmp_path / "bert")
+    texts = glue.read_split(glue_dir / "RTE/dev.tsv", glue.TASKS["RTE"]).texts
+    data = encode(texts, HFTokenizer(str(tmp_path / "bert")), 24)
+    same = encode(texts, Tokenizer.load(tmp_path / "bert"), 24)
+    assert data.ids.tolist() == same.ids.tolist()
+    np.testing.assert_allclose(predict(theirs, data, torch.float32), predict(ours, data, torch.float32), atol=1e-5)
+    common = ["--glue_dir", str(glue_dir), "--task", "MNLI,RTE", "--seeds", "1", "--max_len", "20", *QUICK]
+    main([str(tmp_path / "bert"), *common])
+    out = capsys.readouterr().out
+    assert "bert · seed 1, from its MNLI model" in out
+    main(["--hf", str(tmp_path / "bert"), *common])  # another engine is another start
+    assert "bert-transformers · seed 1, from its MNLI model" in capsys.readouterr().out
+    assert [r["run"] for r in records(tmp_path / "bert")["RTE"]] == ["bert", "bert-transformers"]
+    assert "transformers cannot load it" in fails(capsys, ["--hf", str(glue_dir), *common])
+
+
+def test_texts_are_cut_at_learned_positions(tmp_path, tokenizer, capsys):
+    write_checkpoint(tmp_path / "runs/bert", tokenizer, 10, position="learned", max_positions=9)
+    main([str(tmp_path / "runs/bert"), *toy_task(tmp_path, 40), "--seeds", "1", *QUICK])
+    assert "cut at its 9 learned positions, not at --max_len 256" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------- bad input
+
+
+def test_bad_files_get_one_line(run, tmp_path, capsys):
+    task = toy_task(tmp_path, 40)
+    train_file, dev_file = tmp_path / "toy/train.tsv", tmp_path / "toy/dev.tsv"
+    good_train, good_dev = train_file.read_text(), dev_file.read_text()
+    args = [str(run), *task, *QUICK]
+
+    def message(train: str = good_train, dev: str = good_dev, extra: tuple[str, ...] = ()) -> str:
+        train_file.write_text(train)
+        dev_file.write_text(dev)
+        return fails(capsys, [*args, *extra])
+
+    assert "no column label; its columns are sentence, target" in message(good_train.replace("label", "target", 1))
+    assert "no column sentence1+sentence2 or sentence" in message(good_train.replace("sentence", "text", 1))
+    assert "no column nothing" in message(extra=("--text_columns", "nothing"))
+    assert "dev.tsv:12: unknown label 'so-so'; known: negative, positive" in message(dev=good_dev + "a cat\tso-so\n")
+    assert "train.tsv:32: label 0.5 is not a class; to predict numbers add --regression" in message(
+        good_train + "a cat\t0.5\n"
+    )
+    assert "train.tsv:2: label 'negative' is not a number" in message(extra=("--regression",))
+    assert "train.tsv:32: this row lacks a text or its label" in message(good_train + "a cat\n")
+    assert "every row has the label 'positive'" in message(good_train.replace("negative", "positive"))
+    assert "train.tsv is empty" in message("")
+    assert "not one row" in message("sentence\tlabel\n")
+    train_file.write_bytes(b"sentence\tlabel\n\xff\xfe\t1\n")
+    assert "is not UTF-8 text" in fails(capsys, args)
+    (tmp_path / "x.jsonl").write_text('{"sentence": "a", "label": 1}\n{"sentence": \n')
+    files = ["--train", str(tmp_path / "x.jsonl"), "--dev", str(tmp_path / "x.jsonl"), *QUICK]
+    assert "x.jsonl:2: not a JSON object" in fails(capsys, [str(run), *files])
+    assert "gone.tsv is missing" in fails(capsys, [str(run), "--train", "gone.tsv", "--dev", str(dev_file)])
+    assert "RTE/train.tsv is missing" in fails(capsys, [str(run), "--task", "RTE", "--glue_dir", str(tmp_path)])
+    assert not (run / "glue").exists()  # nothing half-written
+
+
+def test_bad_settings_get_one_line(run, tmp_path, tokenizer, capsys):
+    task = toy_task(tmp_path, 40)
+    assert "unknown task 'SST2'; known: MNLI, QQP" in fails(capsys, [str(run), "--task", "SST2"])
+    assert "is no folder" in fails(capsys, ["gone", *task])
+    (tmp_path / "empty").mkdir()
+    assert "no complete checkpoint" in fails(capsys, [str(tmp_path / "empty"), *task])
+    assert "give a run folder" in fails(capsys, task)
+    assert "--seeds 1;2" in fails(capsys, [str(run), *task, "--seeds", "1;2"])
+    assert "--epochs 0" in fails(capsys, [str(run), *task, "--epochs", "0"])
+    assert "belong together" in fails(capsys, [str(run), *task[:2]])
+    assert "not one of GLUE's" in fails(capsys, [str(run), *task, "--task", "RTE"])
+    assert "lower --lr" in fails(capsys, [str(run), *task, "--lr", "1e30", "--epochs", "2", "--seeds", "1"])
+    if not torch.cuda.is_available():
+        assert "--device cuda" in fails(capsys, [str(run), *task, "--device", "cuda"])
+    folder = write_checkpoint(tmp_path / "runs/odd", tokenizer, 10, vocab_size=900)
+    assert f"{folder}: the model has 900 tokens, the tokenizer there 300" in fails(capsys, [str(folder), *task])
+
+
+def test_an_unreachable_hub_gets_one_line(run, capsys, monkeypatch):
+    import datasets
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    message = fails(capsys, [str(run), "--task", "RTE", *QUICK])
+    assert "not to be had from the hub (ConnectionError); give --glue_dir" in message
+
+
+def test_what_can_be_used_but_should_be_known_is_said(run, tmp_path, capsys):
+    args = [str(run), *toy_task(tmp_path, 40), "--seeds", "1", *QUICK]
+    dev = tmp_path / "toy/dev.tsv"
+    dev.write_text("sentence\tlabel\nthe cat\tpositive\n\tpositive\n")
+    main(args)
+    out = capsys.readouterr().out
+    assert "dev.tsv: 1 rows with an empty text, kept" in out
+    assert f"warning: {dev} has no row of class negative" in out
