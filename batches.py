@@ -5,6 +5,7 @@ So the global batch is the same on 1 or 8 GPUs, and a resumed run needs nothing 
 Padding never exists: every micro-batch is exactly `micro_tokens` real tokens.
 """
 
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,6 +75,7 @@ class Batches:
             raise SystemExit(f"error: {corpus.folder}: the {corpus.split} split has no documents")
         self.starts = [0]  # place in the stream where each micro-batch begins
         self.n_special: list[int] = []  # [CLS] and [SEP] in each
+        self.planning = threading.Lock()  # the loop asks for counts while a thread builds the next batch
 
     def _windows(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Places in the stream -> document, offset in it, tokens of text."""
@@ -91,20 +93,21 @@ class Batches:
 
     def _plan(self, m: int) -> None:
         """Extend `starts` until micro-batch m has an end."""
-        while len(self.starts) < m + 2:
-            first = self.starts[-1]
-            lengths = self._windows(np.arange(first, first + max(self.CHUNK, self.micro_tokens)))[2] + 2
-            ends = np.cumsum(lengths)
-            used = 0
-            while True:
-                last = int(np.searchsorted(ends, used + self.micro_tokens))  # the window that fills it up
-                if last >= len(ends):
-                    break
-                start, cut = self.starts[-1] - first, int(ends[last]) - used - self.micro_tokens
-                one_token = int(lengths[last]) - cut == 1  # a rest of one token is a lone [CLS]
-                self.n_special.append(2 * (last + 1 - start) - one_token)
-                self.starts.append(first + last + 1)
-                used = int(ends[last])
+        with self.planning:
+            while len(self.starts) < m + 2:
+                first = self.starts[-1]
+                lengths = self._windows(np.arange(first, first + max(self.CHUNK, self.micro_tokens)))[2] + 2
+                ends = np.cumsum(lengths)
+                used = 0
+                while True:
+                    last = int(np.searchsorted(ends, used + self.micro_tokens))  # the window that fills it up
+                    if last >= len(ends):
+                        break
+                    start, cut = self.starts[-1] - first, int(ends[last]) - used - self.micro_tokens
+                    one_token = int(lengths[last]) - cut == 1  # a rest of one token is a lone [CLS]
+                    self.n_special.append(2 * (last + 1 - start) - one_token)
+                    self.starts.append(first + last + 1)
+                    used = int(ends[last])
 
     def n_maskable(self, m: int) -> int:
         """Tokens of text in micro-batch m, known without reading it: how ranks agree on the global count."""

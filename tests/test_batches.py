@@ -1,5 +1,7 @@
 """batches.py: exact micro-batches, a pure function of (seed, m), and honest masking."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -82,6 +84,18 @@ def test_long_streams_cross_epochs_and_planning_chunks(corpus_dir, tokenizer, mo
     large = make(corpus_dir, tokenizer)
     assert small.starts[-1] == 0 and torch.equal(small(m).input_ids, large(m).input_ids)
     assert large.starts[m] > large.n_windows, "the test reaches the second epoch"
+
+
+def test_threads_may_ask_at_once(corpus_dir, tokenizer, monkeypatch):
+    """The loop counts while the next batch is built; an unguarded plan once came out with micro-batches twice."""
+    serial = make(corpus_dir, tokenizer)
+    serial.n_maskable(300)
+    for _ in range(5):
+        batches = make(corpus_dir, tokenizer)
+        monkeypatch.setattr(Batches, "CHUNK", 100)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(batches.n_maskable, [300] * 8))
+        assert batches.starts[:301] == serial.starts[:301] and batches.n_special[:300] == serial.n_special[:300]
 
 
 # ----------------------------------------------------------------------------- masking
