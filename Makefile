@@ -17,6 +17,9 @@ else
 TASK_FLAGS = --task $(TASK) $(if $(GLUE_DIR),--glue_dir $(GLUE_DIR))
 endif
 
+# PyTorch's CPU threads wait without spinning: 15 % slower on an idle machine, 7 to 10 times faster on a busy one
+export OMP_WAIT_POLICY ?= PASSIVE
+
 PYTHON ?= python3
 PY = .venv/bin/python
 # No GPU: prefer PyTorch's CPU wheels (0.2 GB) to the CUDA ones (several GB) if their index answers.

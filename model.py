@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels import alibi_slopes, gather_rows, scatter_rows, unpad, varlen_attention
+from kernels import alibi_slopes, gather_rows, masked_cross_entropy, scatter_rows, unpad, varlen_attention
 
 # ----------------------------------------------------------------------------- config
 
@@ -462,7 +462,7 @@ class MaskedLM(Pretrained):
         **documents,
     ):
         """Flat (with cu_seqlens): input_ids (T,), masked_idx (M,) rows to predict, labels (M,) their true ids.
-            Returns logits (M, V), or with labels (loss summed over M, number of right guesses): a sum, because
+            Returns logits (M, V), or with labels (loss summed over M, number of right guesses), fp32: a sum, because
             only the trainer knows how many masked tokens the whole batch has over all processes.
         Padded: input_ids, attention_mask, labels (B, S), labels -100 where nothing is to be predicted.
             Returns logits (B, S, V), or with labels (mean loss, logits).
@@ -472,8 +472,7 @@ class MaskedLM(Pretrained):
         if labels is None:
             return _pad_again(logits, padding)
         if padding is None:
-            loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-            return loss, (logits.argmax(-1) == labels).sum()
+            return masked_cross_entropy(logits, labels)
         return F.cross_entropy(logits.float(), labels.reshape(-1)[padding[0]]), _pad_again(logits, padding)
 
 
