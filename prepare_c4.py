@@ -623,7 +623,7 @@ def summarize(cfg: Config, meta: dict, seconds: float) -> None:
         wanted = cfg.task_examples if name == "train" else n_dev_examples(cfg.task_examples)
         fewer = "" if n >= wanted - 1 else f" (of {wanted:,} asked for: the held-out text gives no more)"
         print(f"labelled task: {n:,} examples in {cfg.out}/task/{name}.tsv{fewer}")
-    print(f"folder: {cfg.out}\nnext:   python pretrain.py --data {cfg.out}")
+    print(f"folder: {cfg.out}\nnext:   python pretrain.py mosaic-tiny --data {cfg.out}")
 
 
 @dataclasses.dataclass
