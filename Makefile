@@ -3,6 +3,8 @@
 
 SOURCE ?= docstrings
 MINUTES ?= 2
+# short windows: a small BERT learns what order is from 32 tokens in two minutes, from 128 it does not in nine (LOG.md)
+TRAIN_FLAGS = --data $(DATA) --seq_len 32 --max_minutes $(MINUTES) --checkpoint_every 0.25
 VOCAB ?= 4096
 # the corpus's own name keeps two demos on two corpora apart
 NAME := demo-$(basename $(basename $(notdir $(SOURCE))))
@@ -42,12 +44,12 @@ demo: .venv/installed
 	@echo "[1/6] corpus, tokenizer and a labelled task from $(SOURCE) -> $(DATA)"
 	@$(PY) prepare_c4.py $(SOURCE) --out $(DATA) --vocab_size $(VOCAB) --val_fraction 0.02 --task_examples 4000
 	@echo "[2/6] pretraining a MosaicBERT shape for $(MINUTES) minutes -> $(RUNS)-mosaic"
-	@$(PY) pretrain.py mosaic-tiny --data $(DATA) --name $(NAME)-mosaic --max_minutes $(MINUTES) --checkpoint_every 0.2
+	@$(PY) pretrain.py mosaic-tiny --name $(NAME)-mosaic $(TRAIN_FLAGS)
 	@echo "[3/6] pretraining a BERT shape for $(MINUTES) minutes -> $(RUNS)-bert"
-	@$(PY) pretrain.py bert-tiny --data $(DATA) --name $(NAME)-bert --max_minutes $(MINUTES) --checkpoint_every 0.2
+	@$(PY) pretrain.py bert-tiny --name $(NAME)-bert $(TRAIN_FLAGS)
 	@echo "[4/6] fine-tuning every checkpoint of both on $(TASK)"
 	@$(PY) finetune_glue.py $(RUNS)-mosaic $(RUNS)-bert --checkpoints all --from_scratch $(TASK_FLAGS) \
-		--max_len 128 --seeds 1 --lr 5e-4 --epochs 3 --batch_size 32
+		--max_len 64 --seeds 1 --lr 5e-4 --epochs 3 --batch_size 32
 	@echo "[5/6] filling in masks"
 	@$(PY) fill_mask.py $(RUNS)-mosaic "if the file does not [MASK], an error is raised." \
 		"this function [MASK] a list of strings." "the default [MASK] is none." \
