@@ -6,10 +6,11 @@ MINUTES ?= 2
 # short windows: a small BERT learns what order is from 32 tokens in two minutes, from 128 it does not in nine (LOG.md)
 TRAIN_FLAGS = --data $(DATA) --seq_len 32 --max_minutes $(MINUTES) --checkpoint_every 0.25
 VOCAB ?= 4096
-# the corpus's own name keeps two demos on two corpora apart
-NAME := demo-$(basename $(basename $(notdir $(SOURCE))))
+# names that keep demos with other settings apart
+NAME := demo-$(basename $(basename $(notdir $(SOURCE))))-$(VOCAB)
 DATA := data/$(NAME)
-RUNS := runs/$(NAME)
+RUN := $(NAME)-$(MINUTES)min
+RUNS := runs/$(RUN)
 # the labelled task: derived from held-out text of the corpus, or a GLUE task from local files
 TASK ?= word-order
 GLUE_DIR ?=
@@ -44,9 +45,9 @@ demo: .venv/installed
 	@echo "[1/6] corpus, tokenizer and a labelled task from $(SOURCE) -> $(DATA)"
 	@$(PY) prepare_c4.py $(SOURCE) --out $(DATA) --vocab_size $(VOCAB) --val_fraction 0.02 --task_examples 4000
 	@echo "[2/6] pretraining a MosaicBERT shape for $(MINUTES) minutes -> $(RUNS)-mosaic"
-	@$(PY) pretrain.py mosaic-tiny --name $(NAME)-mosaic $(TRAIN_FLAGS)
+	@$(PY) pretrain.py mosaic-tiny --name $(RUN)-mosaic $(TRAIN_FLAGS)
 	@echo "[3/6] pretraining a BERT shape for $(MINUTES) minutes -> $(RUNS)-bert"
-	@$(PY) pretrain.py bert-tiny --name $(NAME)-bert $(TRAIN_FLAGS)
+	@$(PY) pretrain.py bert-tiny --name $(RUN)-bert $(TRAIN_FLAGS)
 	@echo "[4/6] fine-tuning every checkpoint of both on $(TASK)"
 	@$(PY) finetune_glue.py $(RUNS)-mosaic $(RUNS)-bert --checkpoints all --from_scratch $(TASK_FLAGS) \
 		--max_len 64 --seeds 1 --lr 5e-4 --epochs 3 --batch_size 32
@@ -73,5 +74,6 @@ plots: .venv/installed
 	$(PY) plots.py pareto runs/* --out plots/pareto.png
 	$(PY) plots.py loss runs/* --out plots/loss.png
 
+# only what the demo made
 clean:
-	rm -rf .venv data runs plots
+	rm -rf .venv data/demo-* runs/demo-* plots

@@ -151,7 +151,7 @@ def random_bits(seed: int, stream: int, n: int, device: torch.device | str) -> T
         return x ^ ((x >> 31) & ((1 << 33) - 1))
 
     golden = 0x9E3779B97F4A7C15 - (1 << 64)
-    key = mix(mix(torch.tensor(seed * 2 + 1, device=device) * golden) + torch.tensor(stream, device=device) * golden)
+    key = int(mix(mix(torch.tensor(seed * 2 + 1) * golden) + torch.tensor(stream) * golden))  # on the host: no wait
     return mix(key + torch.arange(n, device=device) * golden) & ((1 << 62) - 1)
 
 

@@ -39,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from batches import Batch, Batches, count_masked, mask_tokens
-from corpus import Corpus, Tokenizer
+from corpus import Corpus, Tokenizer, write_atomically
 from kernels import attention_backend, attention_tiles
 from machine import PEAK_BF16_TFLOPS, git_revision, pick_device, pick_dtype
 from model import PRESETS, EncoderConfig, MaskedLM, find_checkpoints, flops_per_token
@@ -81,7 +81,7 @@ class TrainConfig:
     corruption: Literal["80/10/10", "mask"] = "80/10/10"  # hidden tokens: [MASK]/random/kept, or all [MASK]
 
     eval_every: float = 0.05  # share of the run (below 1) or steps
-    eval_tokens: int = 1_048_576  # of the validation split, always the same tokens and the same 15 % masks
+    eval_tokens: int = 1_048_576  # of the validation split; for one seq_len always the same tokens and 15 % masks
     checkpoint_every: float = 0.1  # share of the run (below 1) or steps; all are kept
     log_every: int = 10  # steps
 
@@ -89,7 +89,7 @@ class TrainConfig:
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matmuls; weights stay float32
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on for CUDA
-    gpu_dollars_per_hour: float = 2.2  # assumed price of one GPU; 0 on a CPU
+    gpu_dollars_per_hour: float = 2.2  # assumed price of one GPU; a CPU is counted as free
 
 
 # what may differ when a run is continued; everything else would make it another run
@@ -104,6 +104,9 @@ FREE_TO_CHANGE = {
     "compile",
 }
 
+# tokens of one forward in evaluation: fixed, so that runs with other micro_tokens see the same tokens and masks
+EVAL_MICRO_TOKENS = 8_192
+
 PAPER = dict(lr=5e-4, weight_decay=0.02)
 # BERT-large and MosaicBERT-Large: lr 2e-4 and the same decoupled decay, 1e-5 / 2e-4 = 0.05
 PAPER_LARGE = dict(lr=2e-4, weight_decay=0.05, max_steps=178_000, micro_tokens=32_768)
@@ -115,7 +118,6 @@ LAPTOP = dict(  # small encoders, minutes on two cores: documents are scarce, so
     lr=2e-3,
     eval_tokens=65_536,
     max_steps=2_000,
-    gpu_dollars_per_hour=0.0,
 )
 
 
@@ -229,9 +231,10 @@ def save_checkpoint(run: Path, step: int, model: MaskedLM, tokenizer: Tokenizer,
             os.close(fd)
         shutil.rmtree(final, ignore_errors=True)  # only there if the same step is saved twice
         os.rename(temp, final)
-    except OSError as e:
+    except Exception as e:  # a full disk is an OSError here, a SafetensorError or RuntimeError from those below
         shutil.rmtree(temp, ignore_errors=True)
-        raise SystemExit(f"error: could not write {final} ({e.strerror}); earlier checkpoints are untouched") from e
+        why = str(getattr(e, "strerror", None) or e).splitlines()[0]
+        raise SystemExit(f"error: could not write {final} ({why}); earlier checkpoints are untouched") from e
     return final
 
 
@@ -285,12 +288,12 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     dtype = pick_dtype(cfg.dtype, device)
     cfg.model.vocab_size = tokenizer.vocab_size
     batches = Batches(corpus, tokenizer, cfg.seq_len, cfg.micro_tokens, cfg.documents, cfg.seed)
-    eval_batches = Batches(val_corpus, tokenizer, cfg.seq_len, min(cfg.micro_tokens, cfg.eval_tokens), "all", seed=0)
+    eval_batches = Batches(val_corpus, tokenizer, cfg.seq_len, min(EVAL_MICRO_TOKENS, cfg.eval_tokens), "all", seed=0)
 
     # -- what was here before: same settings continue, other settings are refused
     settings = asdict(cfg) | {"preset": preset, "corpus": corpus_digest(cfg.data)}
     checkpoints = find_checkpoints(run)
-    if (run / "config.json").is_file():
+    if checkpoints and (run / "config.json").is_file():
         old = json.loads((run / "config.json").read_text())["train"]
         now = json.loads(json.dumps(settings))
         differ = [k for k in now if k not in FREE_TO_CHANGE and now[k] != old.get(k)]
@@ -321,7 +324,9 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     use_compile = cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda")
     forward = torch.compile(model) if use_compile else model
     if world > 1:
-        forward = DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None)
+        # the only buffers are ALiBi's slopes, the same everywhere: broadcasting them would cost a collective a step
+        ids = [device.index] if device.type == "cuda" else None
+        forward = DistributedDataParallel(forward, device_ids=ids, broadcast_buffers=False)
 
     # -- what is said about it
     gpus = world if device.type == "cuda" else 0
@@ -340,8 +345,11 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     if rank == 0:
         run.mkdir(parents=True, exist_ok=True)
         config = {"train": settings, "model": cfg.model.to_dict(), "n_params": n_params, **identity}
-        (run / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        log_file = open(run / "log.jsonl", "a", buffering=1)  # noqa: SIM115 (lives as long as the process)
+        write_atomically(run / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        for leftover in run.glob("ckpt/step_*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        mode = "a" if checkpoints else "w"  # what a run wrote that died before its first checkpoint is of no use
+        log_file = open(run / "log.jsonl", mode, buffering=1)  # noqa: SIM115 (lives as long as the process)
         default = make_presets()[preset][1]
         changed = [
             f"{prefix}{f.name}={getattr(a, f.name)}"
@@ -366,16 +374,20 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         torch=torch.__version__,
         n_params=n_params,
         flops_per_token=flops,
-        gpu_dollars_per_hour=cfg.gpu_dollars_per_hour,
+        gpu_dollars_per_hour=cfg.gpu_dollars_per_hour if gpus else 0.0,
         **identity,
     )
 
+    # what earlier lives of this run cost, perhaps on another number of GPUs
+    resumed_at, price = seconds, cfg.gpu_dollars_per_hour if gpus else 0.0
+    paid_seconds, paid_dollars = progress.get("gpu_seconds", 0.0), progress.get("dollars", 0.0)
+
     def spent(train_seconds: float) -> dict:
-        gpu_seconds = train_seconds * world
+        gpu_seconds = (train_seconds - resumed_at) * world
         return {
             "train_seconds": round(train_seconds, 3),
-            "gpu_seconds": round(gpu_seconds, 3),
-            "dollars": round(gpu_seconds / 3600 * cfg.gpu_dollars_per_hour, 4),
+            "gpu_seconds": round(paid_seconds + gpu_seconds, 3),
+            "dollars": round(paid_dollars + gpu_seconds / 3600 * price, 4),
         }
 
     def build(m: int, source: Batches = batches) -> tuple[Batch, Tensor | None]:
@@ -402,13 +414,14 @@ def train(preset: str, cfg: TrainConfig) -> Path:
 
     @torch.no_grad()
     def evaluate() -> tuple[float, float]:
-        """MLM loss and accuracy on the same validation tokens with the same 15 % masks, whatever the run does."""
+        """MLM loss and accuracy on validation tokens and 15 % masks that depend on seq_len and nothing else."""
         model.eval()
         n = max(1, cfg.eval_tokens // eval_batches.micro_tokens)
         totals = torch.zeros(3, dtype=torch.float64, device=device if device.type != "mps" else "cpu")
         for m in range(rank, n, world):
             loss, right = loss_of(m, *build(m, eval_batches), 0, 0.15, eval_batches)
-            totals += torch.stack([loss.double(), right.double(), torch.tensor(count_masked(eval_batches, m, 0.15))])
+            totals[:2] += torch.stack([loss, right]).to(totals)
+            totals[2] += count_masked(eval_batches, m, 0.15)
         if world > 1:
             dist.all_reduce(totals)
         model.train()
@@ -451,7 +464,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     clock.start()
     window = torch.zeros(2, dtype=torch.float64, device=device if device.type != "mps" else "cpu")
     window_masked, window_tokens, window_documents, window_start = 0, 0, 0, clock.now()
-    done = done_at(step, tokens, clock.now())
+    done = done_at(step, tokens, seconds)  # not the clock: ranks must agree
     while done < 1.0:
         rate, factor = masking_rate(cfg.masking, done), learning_rate(cfg, done)
         # the loss is a sum; dividing by the masked tokens of the whole batch makes the mean right whatever the split
@@ -511,7 +524,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
             if not math.isfinite(mean_loss):
                 raise SystemExit(
                     f"error: the loss is {mean_loss} at step {step} (rank {rank}); last good checkpoint: "
-                    f"{(find_checkpoints(run) or ['none'])[-1]}; try a lower --lr or --grad_clip 1"
+                    f"{(find_checkpoints(run) or ['none'])[-1]}; try a lower --lr or --grad_clip 1 under another --name"
                 )
             line = (
                 f"step {step:,} {min(done, 1):4.0%} | loss {mean_loss:.3f} acc {accuracy:.3f} | "
@@ -529,24 +542,27 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         checkpoint_due = leaving or due(cfg.checkpoint_every, before, done)
         if checkpoint_due or due(cfg.eval_every, before, done):
             clock.stop()
-            eval_loss, eval_accuracy = evaluate()
-            log(
-                "eval",
-                step=step,
-                tokens=tokens,
-                loss=round(eval_loss, 5),
-                accuracy=round(eval_accuracy, 5),
-                **spent(elapsed),
-            )
-            if rank == 0:
-                tqdm.write(
-                    f"step {step:,} {min(done, 1):4.0%} | validation loss {eval_loss:.3f} acc {eval_accuracy:.3f}"
+            if checkpoint_due and not all(bool(w.isfinite().all()) for w in model.parameters()):
+                raise SystemExit(
+                    f"error: the weights are not finite at step {step}; last good checkpoint: "
+                    f"{(find_checkpoints(run) or ['none'])[-1]}; try a lower --lr or --grad_clip 1 under another --name"
                 )
+            if finished or not stopping:  # who asks to stop may not wait long: save at once
+                loss, accuracy = evaluate()
+                log(
+                    "eval",
+                    step=step,
+                    tokens=tokens,
+                    loss=round(loss, 5),
+                    accuracy=round(accuracy, 5),
+                    **spent(clock.seconds),
+                )
+                if rank == 0:
+                    tqdm.write(f"step {step:,} {min(done, 1):4.0%} | validation loss {loss:.3f} acc {accuracy:.3f}")
             if checkpoint_due and rank == 0:
                 counters = {"step": step, "tokens": tokens, "micro": micro, "train_seconds": clock.seconds}
                 trainer = {"optimizers": [o.state_dict() for o in optimizers], **counters}
                 state = {"step": step, "tokens": tokens, **spent(clock.seconds), **identity, "finished": finished}
-                state["eval_loss"] = eval_loss
                 path = save_checkpoint(run, step, model, tokenizer, trainer, state)
                 tqdm.write(f"saved {path}")
             clock.start()

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 import pretrain
+from corpus import Tokenizer
+from model import EncoderConfig, MaskedLM
 from pretrain import TrainConfig, learning_rate, masking_rate
 
 ROOT = Path(__file__).parents[1]
@@ -227,25 +229,61 @@ def test_a_run_goes_on_with_another_number_of_processes(corpus_dir, tmp_path):
     )
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
-    class Model:
-        def save_pretrained(self, folder):
-            Path(folder).mkdir(parents=True)
-            (Path(folder) / "model.safetensors").write_bytes(b"half of it")
-            raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("room", [1_000, 150_000])
+def test_a_full_disk_leaves_the_earlier_checkpoint(corpus_dir, tmp_path, room):
+    """The weights do not fit, or they do and the trainer's state does not: one line, nothing half-written."""
+    resource = pytest.importorskip("resource")
+    model = MaskedLM(EncoderConfig(vocab_size=800, n_layers=1, n_heads=2, d_model=32, d_ff=64))
+    trainer = {"x": torch.zeros(100_000)}
+    args = tmp_path, 1, model, Tokenizer.load(corpus_dir), trainer, {"step": 1}
+    earlier = pretrain.save_checkpoint(*args)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.raises(SystemExit, match=r"error: could not write .*step_00000002 .*earlier checkpoints") as e:
+            pretrain.save_checkpoint(args[0], 2, *args[2:])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(e.value)
+    assert list((tmp_path / "ckpt").iterdir()) == [earlier]
 
-    earlier = tmp_path / "ckpt" / "step_00000001"
-    earlier.mkdir(parents=True)
-    with pytest.raises(SystemExit, match=r"step_00000002.*No space left"):
-        pretrain.save_checkpoint(tmp_path, 2, Model(), None, {}, {})
-    assert [p.name for p in (tmp_path / "ckpt").iterdir()] == ["step_00000001"]
 
-
-def test_an_exploding_loss_stops_the_run_and_keeps_the_last_good_checkpoint(corpus_dir, tmp_path):
-    args = f"{FAST} --max_steps 50 --lr 1e30 --warmup 0.5 --checkpoint_every 1"
+@pytest.mark.parametrize("log_every", [1, 20])
+def test_an_exploding_loss_stops_the_run_and_no_bad_checkpoint_is_kept(corpus_dir, tmp_path, log_every):
+    args = f"{FAST} --max_steps 50 --lr 1e30 --warmup 0.5 --checkpoint_every 1 --eval_every 50 --log_every {log_every}"
     output = run(corpus_dir, tmp_path, args, code=1)
-    assert "error: the loss is nan at step" in output or "error: the loss is inf at step" in output
-    assert "Traceback" not in output
+    assert "Traceback" not in output and ("error: the loss is" in output or "error: the weights are not" in output)
+    kept = pretrain.find_checkpoints(tmp_path / "mosaic-tiny")
+    assert str(kept[-1]) in output if kept else "last good checkpoint: none" in output
+    for checkpoint in kept:
+        assert all(w.isfinite().all() for w in load_file(checkpoint / "model.safetensors").values())
+
+
+def test_a_run_that_never_saved_may_start_again_with_other_settings(corpus_dir, tmp_path):
+    """Out of memory in the first step: lower --micro_tokens, same name."""
+    folder = tmp_path / "mosaic-tiny"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"train": {"micro_tokens": 1}')  # cut short, too
+    (folder / "ckpt/step_00000005.tmp").mkdir(parents=True)
+    run(corpus_dir, tmp_path, f"{FAST} --max_steps 2")
+    assert [p.name for p in (folder / "ckpt").iterdir()] and not list(folder.glob("ckpt/*.tmp"))
+
+
+def test_cost_adds_up_over_lives_with_other_numbers_of_processes(corpus_dir, tmp_path):
+    args = f"{FAST} --micro_tokens 256 --max_steps 60 --checkpoint_every 10"
+    process = start(corpus_dir, tmp_path, args, procs=2)
+    for line in process.stdout:
+        if "step_00000010" in line:
+            break
+    process.terminate()
+    process.communicate(timeout=60)
+    checkpoint = pretrain.find_checkpoints(tmp_path / "mosaic-tiny")[-1]
+    first = json.loads((checkpoint / "progress.json").read_text())
+    assert first["gpu_seconds"] == pytest.approx(2 * first["train_seconds"], abs=0.01)
+    run(corpus_dir, tmp_path, args)
+    last = json.loads((tmp_path / "mosaic-tiny/ckpt/step_00000060/progress.json").read_text())
+    alone = last["train_seconds"] - first["train_seconds"]
+    assert last["gpu_seconds"] == pytest.approx(first["gpu_seconds"] + alone, abs=0.01) and last["dollars"] == 0
 
 
 # ----------------------------------------------------------------------------- bad input: one line each
