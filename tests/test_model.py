@@ -509,10 +509,11 @@ def test_low_precision_layernorm_runs_in_the_autocast_dtype_and_is_near_fp32():
 # ----------------------------------------------------------------------------- torch.compile
 
 
-def test_compiles_to_one_graph_and_never_again_for_other_documents():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_to_one_graph_and_never_again_for_other_documents(backend):
     torch._dynamo.reset()
     model = MaskedLM(small(**NO_DROPOUT))
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     masked_idx = torch.tensor([2, 9, 11])
     for lengths in ([7, 1, 12, 3], [3, 12, 7, 1], [12, 3, 1, 7], [10, 10, 1, 2]):
         ids, cu, _ = flat_batch(lengths)
