@@ -622,7 +622,7 @@ def _attention_launch(kernel, pointers, qkv, cu_seqlens, slopes, tiles, max_seql
 def _attention_triton(qkv, cu_seqlens, slopes, tiles, max_seqlen):
     T, _, H, D = qkv.shape
     out = qkv.new_empty(T, H, D)
-    lse = qkv.new_empty(H, T, dtype=torch.float32)
+    lse = qkv.new_zeros(H, T, dtype=torch.float32)  # zeros: slack rows are an output too, and must not vary
     config = _attention_config(qkv.dtype, D, _capability(qkv))
     kernel = _attn_fwd_one_tile if max_seqlen <= config["one_tile"] else _attn_fwd_loop
     with torch.cuda.device_of(qkv):
