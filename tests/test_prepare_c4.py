@@ -307,8 +307,8 @@ def test_killed_at_random_moments_ends_with_the_same_bytes(texts, tmp_path):
         with open(tmp_path / "log", "w") as log:
             process = subprocess.Popen(command(source, "--out", tmp_path / "cut", *options), stdout=log, stderr=log)
             try:
-                # the first lines appear after some 0.4 s; later attempts get longer, so that it ends some time
-                process.wait(timeout=rng.uniform(0.3, 0.9) + 0.05 * attempt)
+                # the first lines appear after some 0.3 s; later attempts get longer, so that it ends some time
+                process.wait(timeout=rng.uniform(0.1, 0.7) + 0.04 * attempt)
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
@@ -508,7 +508,7 @@ def test_inspect_reports_what_the_lengths_say(jsonl, wordpiece, tmp_path, monkey
 
 
 def test_reader_opens_more_shards_than_files_may_be_open(texts, tmp_path):
-    config = settings(write_jsonl(tmp_path / "c.jsonl", texts), tmp_path / "o", shard_tokens=2000)
+    config = settings(write_jsonl(tmp_path / "c.jsonl", texts), tmp_path / "o", shard_tokens=1000)
     n_shards = len([s for s in prepare(config)["shards"] if s["split"] == "train"])
     assert n_shards > 100
     code = (
