@@ -330,6 +330,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
 
     # -- what is said about it
     gpus = world if device.type == "cuda" else 0
+    price = cfg.gpu_dollars_per_hour if gpus else 0.0
     family = preset.split("-")[0]
     hardware = torch.cuda.get_device_name() if gpus else device.type
     backend, reason = (
@@ -374,12 +375,12 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         torch=torch.__version__,
         n_params=n_params,
         flops_per_token=flops,
-        gpu_dollars_per_hour=cfg.gpu_dollars_per_hour if gpus else 0.0,
+        gpu_dollars_per_hour=price,
         **identity,
     )
 
     # what earlier lives of this run cost, perhaps on another number of GPUs
-    resumed_at, price = seconds, cfg.gpu_dollars_per_hour if gpus else 0.0
+    resumed_at = seconds
     paid_seconds, paid_dollars = progress.get("gpu_seconds", 0.0), progress.get("dollars", 0.0)
 
     def spent(train_seconds: float) -> dict:
@@ -412,12 +413,14 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return forward(ids, max_seqlen=cfg.seq_len, **flat)
 
+    sums_device = "cpu" if device.type == "mps" else device  # MPS has no float64
+
     @torch.no_grad()
     def evaluate() -> tuple[float, float]:
         """MLM loss and accuracy on validation tokens and 15 % masks that depend on seq_len and nothing else."""
         model.eval()
         n = max(1, cfg.eval_tokens // eval_batches.micro_tokens)
-        totals = torch.zeros(3, dtype=torch.float64, device=device if device.type != "mps" else "cpu")
+        totals = torch.zeros(3, dtype=torch.float64, device=sums_device)
         for m in range(rank, n, world):
             loss, right = loss_of(m, *build(m, eval_batches), 0, 0.15, eval_batches)
             totals[:2] += torch.stack([loss, right]).to(totals)
@@ -439,6 +442,13 @@ def train(preset: str, cfg: TrainConfig) -> Path:
             return step % int(every) == 0
         return math.floor(after / every + 1e-9) > math.floor(before / every + 1e-9)
 
+    def diverged(what: str) -> SystemExit:
+        good = (find_checkpoints(run) or ["none"])[-1]
+        return SystemExit(
+            f"error: {what} at step {step} (rank {rank}); last good checkpoint: {good}; "
+            "try a lower --lr or --grad_clip 1 under another --name"
+        )
+
     # -- signals: finish the step, save, leave
     asked_to_stop = False
 
@@ -456,15 +466,15 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     bar = tqdm(total=100, unit="%", disable=rank != 0 or not sys.stderr.isatty(), bar_format="{l_bar}{bar}| {postfix}")
     model.train()
 
+    done = done_at(step, tokens, seconds)  # not the clock: ranks must agree
     if use_compile:  # one forward and backward for nothing, so that compilation is not counted as training
-        loss_of(micro, *build(micro), cfg.seed, masking_rate(cfg.masking, 0.0), batches)[0].backward()
+        loss_of(micro + rank, *ahead.result(), cfg.seed, masking_rate(cfg.masking, done), batches)[0].backward()
         for p in model.parameters():
             p.grad = None
     clock = Clock(seconds, device)
     clock.start()
-    window = torch.zeros(2, dtype=torch.float64, device=device if device.type != "mps" else "cpu")
+    window = torch.zeros(2, dtype=torch.float64, device=sums_device)
     window_masked, window_tokens, window_documents, window_start = 0, 0, 0, clock.now()
-    done = done_at(step, tokens, seconds)  # not the clock: ranks must agree
     while done < 1.0:
         rate, factor = masking_rate(cfg.masking, done), learning_rate(cfg, done)
         # the loss is a sum; dividing by the masked tokens of the whole batch makes the mean right whatever the split
@@ -522,10 +532,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
                 **spent(elapsed),
             )
             if not math.isfinite(mean_loss):
-                raise SystemExit(
-                    f"error: the loss is {mean_loss} at step {step} (rank {rank}); last good checkpoint: "
-                    f"{(find_checkpoints(run) or ['none'])[-1]}; try a lower --lr or --grad_clip 1 under another --name"
-                )
+                raise diverged(f"the loss is {mean_loss}")
             line = (
                 f"step {step:,} {min(done, 1):4.0%} | loss {mean_loss:.3f} acc {accuracy:.3f} | "
                 f"lr {cfg.lr * factor:.1e} mask {rate:.2f} | {tok_per_s:,.0f} tok/s"
@@ -543,10 +550,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         if checkpoint_due or due(cfg.eval_every, before, done):
             clock.stop()
             if checkpoint_due and not all(bool(w.isfinite().all()) for w in model.parameters()):
-                raise SystemExit(
-                    f"error: the weights are not finite at step {step}; last good checkpoint: "
-                    f"{(find_checkpoints(run) or ['none'])[-1]}; try a lower --lr or --grad_clip 1 under another --name"
-                )
+                raise diverged("the weights are not finite")
             if finished or not stopping:  # who asks to stop may not wait long: save at once
                 loss, accuracy = evaluate()
                 log(
