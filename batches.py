@@ -1,11 +1,12 @@
 """From documents on disk to masked, flat micro-batches.
 
-Micro-batch `m` is a pure function of (corpus, settings, seed, m): document order, packing and masks come from counters.
+Micro-batch `m` is a pure function of (corpora, settings, seed, m): order, packing and masks come from counters.
 So the global batch is the same on 1 or 8 GPUs, and a resumed run needs nothing but the number of its next micro-batch.
 Padding never exists: every micro-batch is exactly `micro_tokens` real tokens.
 """
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,42 +49,98 @@ class Batch:
     n_documents: int
 
 
+@dataclass
+class Draw:
+    """From which corpora the windows of the stream come, from one place on."""
+
+    first: int  # that place
+    before: np.ndarray  # (K,) int64: windows drawn from each corpus before it
+    block: np.ndarray  # (BLOCK,) int64: corpus of each window of a block; the same for every block
+
+
 class Batches:
     """An endless, shuffled stream of flat micro-batches of exactly `micro_tokens` tokens.
 
     Windows (at most seq_len tokens with their [CLS] and [SEP]) are laid end to end in shuffled order, epoch after
     epoch; the one that does not fit into the rest of a micro-batch is cut there. Where micro-batch m begins depends on
     the lengths before it, so those places are counted once, from the start, as far as they are needed.
+
+    corpora: folders that share one tokenizer. shares: None reads them as one corpus; K numbers, one a corpus, draw
+    windows from each in these proportions, exactly so in every BLOCK of them, each corpus in its own shuffled order and
+    at its own pace of epochs. `change_shares` draws in other proportions from a micro-batch on.
     """
 
     CHUNK = 65_536
+    BLOCK = 1_000
 
     def __init__(
-        self, corpus: Corpus, tokenizer: Tokenizer, seq_len: int, micro_tokens: int, documents: str, seed: int
+        self,
+        corpora: list[Corpus],
+        tokenizer: Tokenizer,
+        seq_len: int,
+        micro_tokens: int,
+        documents: str,
+        seed: int,
+        shares: list[float] | None = None,
     ):
-        self.corpus, self.tokenizer = corpus, tokenizer
-        self.lengths = corpus.lengths.astype(np.int32)  # of every document: 1.5 GB for all of C4
+        self.corpora, self.tokenizer = corpora, tokenizer
         self.seq_len, self.micro_tokens, self.documents, self.seed = seq_len, micro_tokens, documents, seed
         self.body = seq_len - 2
+        self.first_document = np.cumsum([0] + [len(c) for c in corpora])  # of each corpus, all numbered as one
+        self.lengths = np.concatenate([c.lengths.astype(np.int32) for c in corpora])  # 1.5 GB for all of C4
         if documents == "all":
             per_document = -(-self.lengths // self.body)
             self.first_window = np.concatenate([[0], np.cumsum(per_document)])  # (n_docs+1,)
-            self.n_windows = int(self.first_window[-1])
+            edges = self.first_window[self.first_document]
         else:
-            self.n_windows = len(corpus)
-        if self.n_windows == 0:
-            raise SystemExit(f"error: {corpus.folder}: the {corpus.split} split has no documents")
+            edges = self.first_document
+        for corpus, n in zip(corpora, np.diff(edges)):
+            if n == 0:
+                raise SystemExit(f"error: {corpus.folder}: the {corpus.split} split has no documents")
+        self.n_windows = int(edges[-1])
+        self.edges = edges if shares else edges[[0, -1]]  # windows between two of them are drawn from as one
+        self.draws = [Draw(0, np.zeros(len(self.edges) - 1, dtype=np.int64), self._block(shares or [1.0]))]
         self.starts = [0]  # place in the stream where each micro-batch begins
         self.n_special: list[int] = []  # [CLS] and [SEP] in each
         self.planning = threading.Lock()  # the loop asks for counts while a thread builds the next batch
 
+    def _block(self, shares: list[float]) -> np.ndarray:
+        """(BLOCK,) int64: which corpus each window of a block comes from, in these proportions, mixed."""
+        ends = np.round(np.cumsum(shares) / sum(shares) * self.BLOCK)
+        return np.searchsorted(ends, shuffled(np.arange(self.BLOCK), self.BLOCK, seed=0), side="right")
+
+    def _draw(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Places in the stream -> which corpus, and the how-manieth window drawn from it."""
+        source, nth = np.empty((2, len(places)), dtype=np.int64)
+        since = np.searchsorted([draw.first for draw in self.draws], places, side="right") - 1
+        for i, draw in enumerate(self.draws):
+            mine = since == i
+            block, at = np.divmod(places[mine] - draw.first, self.BLOCK)
+            source[mine] = k = draw.block[at]
+            one_hot = draw.block[:, None] == np.arange(len(draw.before))  # (BLOCK, K)
+            nth[mine] = draw.before[k] + block * one_hot.sum(0)[k] + (one_hot.cumsum(0) - one_hot)[at, k]
+        return source, nth
+
+    def change_shares(self, m: int, shares: list[float]) -> None:
+        """From micro-batch m on (none from there on may have been asked for) draw in these proportions."""
+        self._plan(m)
+        with self.planning:
+            first, old = self.starts[m], self.draws[-1]
+            blocks, rest = divmod(first - old.first, self.BLOCK)
+            whole, part = (np.bincount(old.block[:n], minlength=len(old.before)) for n in (self.BLOCK, rest))
+            self.draws.append(Draw(first, old.before + blocks * whole + part, self._block(shares)))
+            del self.starts[m + 1 :], self.n_special[m:]
+
     def _windows(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Places in the stream -> document, offset in it, tokens of text."""
+        source, nth = self._draw(places)
+        sizes = np.diff(self.edges)
+        epoch, index = np.divmod(nth, sizes[source])
         window = np.empty(len(places), dtype=np.int64)
-        for epoch in np.unique(places // self.n_windows):
-            mine = places // self.n_windows == epoch
+        for e, k in {divmod(x, len(sizes)) for x in np.unique(epoch * len(sizes) + source).tolist()}:
+            mine = (source == k) & (epoch == e)
             # the epoch is part of the key: every epoch has an order of its own
-            window[mine] = shuffled(places[mine] % self.n_windows, self.n_windows, self.seed * 1_000_003 + int(epoch))
+            window[mine] = self.edges[k] + shuffled(index[mine], int(sizes[k]), self.seed * 1_000_003 + e)
         if self.documents == "all":
             document = np.searchsorted(self.first_window, window, side="right") - 1
             offset = (window - self.first_window[document]) * self.body
@@ -115,16 +172,18 @@ class Batches:
         return self.micro_tokens - self.n_special[m]
 
     def __call__(self, m: int) -> Batch:
-        """Micro-batch m: a pure function of (corpus, settings, seed, m)."""
+        """Micro-batch m: a pure function of (corpora, settings, seed, m)."""
         self._plan(m)
         T = self.micro_tokens
         ids = np.empty(T, dtype=np.int64)
         special = np.zeros(T, dtype=bool)
         document, offset, length = self._windows(np.arange(self.starts[m], self.starts[m + 1]))
         cu = np.minimum(np.concatenate([[0], np.cumsum(length + 2)]), T).astype(np.int32)
-        for i, (d, o) in enumerate(zip(document.tolist(), offset.tolist())):
+        corpus = np.searchsorted(self.first_document, document, side="right") - 1
+        document -= self.first_document[corpus]
+        for i, (c, d, o) in enumerate(zip(corpus.tolist(), document.tolist(), offset.tolist())):
             a, b = cu[i], cu[i + 1]
-            ids[a + 1 : b - 1] = self.corpus[d][o : o + max(b - a - 2, 0)]
+            ids[a + 1 : b - 1] = self.corpora[c][d][o : o + max(b - a - 2, 0)]
             ids[b - 1] = self.tokenizer.sep_id
             ids[a] = self.tokenizer.cls_id
         special[cu[:-1]] = special[cu[1:] - 1] = True
@@ -145,13 +204,13 @@ def random_bits(seed: int, stream: int, n: int, device: torch.device | str) -> T
     Counter-based: no state to save, and integer arithmetic gives the same numbers on CPU and GPU.
     """
 
-    def mix(x):
+    def mix(x):  # of a tensor; int64 wraps around as the original's uint64 does
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * (factor - (1 << 64))
         return x ^ ((x >> 31) & ((1 << 33) - 1))
 
     golden = 0x9E3779B97F4A7C15 - (1 << 64)
-    key = int(mix(mix(torch.tensor(seed * 2 + 1) * golden) + torch.tensor(stream) * golden))  # on the host: no wait
+    key = mix(mix(torch.tensor(seed * 2 + 1) * golden) + torch.tensor(stream) * golden)  # on the host: no wait
     return mix(key + torch.arange(n, device=device) * golden) & ((1 << 62) - 1)
 
 
@@ -179,6 +238,28 @@ def mask_tokens(
         tenth = bits % 10
         new = torch.where(tenth == 8, other, torch.where(tenth == 9, labels, new))
     return ids.index_put((masked_idx,), new), masked_idx, labels
+
+
+def one_mask_each(
+    batch: Batch, tokenizer: Tokenizer, n: int, micro_tokens: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The first `n` tokens of text of `batch`, each hidden in a copy of its document that is whole otherwise.
+
+    Yields input_ids (T,), cu_seqlens (C+1,), masked_idx (C,) and labels (C,) of C copies each, T around micro_tokens.
+    """
+    cu = batch.cu_seqlens.long()
+    hidden = (~batch.special).nonzero().flatten()[:n]
+    if not len(hidden):
+        return
+    document = torch.searchsorted(cu, hidden, right=True) - 1
+    lengths = cu[document + 1] - cu[document]
+    for some in torch.arange(len(hidden)).split(max(1, micro_tokens // int(lengths.max()))):
+        copies = [batch.input_ids[cu[d] : cu[d + 1]] for d in document[some]]
+        ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths[some].cumsum(0)])
+        masked_idx = ends[:-1] + hidden[some] - cu[document[some]]
+        ids, labels = torch.cat(copies), batch.input_ids[hidden[some]]
+        ids[masked_idx] = tokenizer.mask_id
+        yield ids, ends.int(), masked_idx, labels
 
 
 def count_masked(batches: Batches, m: int, rate: float) -> int:

@@ -313,7 +313,7 @@ class Pretrained(nn.Module):
         The encoder's weights must all be there, of the right shape, and nothing unknown beside them; a head the
         checkpoint does not have is initialised and named in `.new_keys`. Raises ValueError in one line otherwise.
         """
-        folder = _find_folder(path_or_name)
+        folder = find_folder(path_or_name)
         config = json.loads((folder / "config.json").read_text())
         weights = _read_weights(folder)
         if config.get("model_type") == "nanomosaicbert":
@@ -575,7 +575,7 @@ def find_checkpoints(run: str | Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
-def _find_folder(path_or_name: str | Path) -> Path:
+def find_folder(path_or_name: str | Path) -> Path:
     """A run folder means its newest checkpoint; other local folders as they are; the rest is asked of the hub."""
     path = Path(path_or_name)
     path = (find_checkpoints(path) or [path])[-1]

@@ -18,7 +18,7 @@ def tokenizer(corpus_dir):
 
 
 def make(corpus_dir, tokenizer, documents="all", split="train", seed=3, micro_tokens=T, seq_len=S) -> Batches:
-    return Batches(Corpus(corpus_dir, split), tokenizer, seq_len, micro_tokens, documents, seed)
+    return Batches([Corpus(corpus_dir, split)], tokenizer, seq_len, micro_tokens, documents, seed)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 255, 1_000, 70_000])
