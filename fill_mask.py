@@ -3,28 +3,31 @@
     python fill_mask.py runs/mosaic-base "paris is the [MASK] of france."
     python fill_mask.py runs/mosaic-base "the [MASK] sat on the [MASK]." "she [MASK] home." --top_k 3
     python fill_mask.py runs/mosaic-base                     # asks for sentences until an empty one
+    python fill_mask.py bert-base-uncased "paris is the [MASK] of france."
+    python fill_mask.py mosaicml/mosaic-bert-base --tokenizer path/to/bert-base-uncased "she [MASK] home."
 
-A run folder means its latest checkpoint; a checkpoint folder, or one with official MosaicBERT or Hugging Face BERT
-weights and their tokenizer.json, works too. Seconds on a laptop.
+A run folder means its latest checkpoint. A checkpoint folder, what export_hf.py wrote, and official MosaicBERT or
+Hugging Face BERT weights (a folder, or a name on the hub) work too; --tokenizer is for weights that have none beside
+them. Seconds on a laptop.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import tyro
 
 from corpus import Tokenizer
-from model import MaskedLM, find_checkpoints
+from model import MaskedLM, find_folder
 
 
 @dataclass
 class Config:
     """Ask a pretrained encoder for missing words."""
 
-    run: tyro.conf.Positional[str]  # run folder (its latest checkpoint) or checkpoint folder
+    run: tyro.conf.Positional[str]  # run folder (its latest checkpoint), checkpoint, MosaicBERT or BERT folder or name
     sentences: tyro.conf.Positional[tuple[str, ...]] = ()  # with one [MASK] or more; none: asked for
     top_k: int = 5  # answers for each mask
+    tokenizer: str = ""  # tokenizer.json, or a folder with one; default: the model's own
 
 
 @torch.no_grad()
@@ -63,8 +66,11 @@ def main(args: list[str] | None = None) -> None:
     try:
         if cfg.top_k < 1:
             raise ValueError(f"--top_k {cfg.top_k}: give at least 1")
-        folder = (find_checkpoints(cfg.run) or [Path(cfg.run)])[-1]
-        model, tokenizer = MaskedLM.from_pretrained(folder), Tokenizer.load(folder)
+        folder = find_folder(cfg.run)
+        model, tokenizer = MaskedLM.from_pretrained(folder), Tokenizer.load(cfg.tokenizer or folder)
+        if tokenizer.vocab_size > model.cfg.padded_vocab_size:
+            sizes = f"the tokenizer has {tokenizer.vocab_size:,} entries, the model {model.cfg.padded_vocab_size:,}"
+            raise ValueError(f"{sizes}: it was trained with another")
         for sentence in cfg.sentences:
             print_answers(model, tokenizer, sentence, cfg.top_k)
     except ValueError as e:

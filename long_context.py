@@ -1,0 +1,227 @@
+"""How does an encoder trained on short windows do on long ones? The same masks, more and more context.
+
+    python prepare_c4.py books.jsonl --out data/books --tokenizer data/c4      # long documents, the model's vocabulary
+    python long_context.py runs/mosaic-base --data data/books                  # at 128, 512, 2,048 and 8,192 tokens
+    python long_context.py runs/a runs/b --data data/books --lengths 128 1024 --documents 50
+    python long_context.py runs/mosaic-base --data data/pieces --join --split train   # books that come in pieces
+
+From each document the text of the longest window is taken and 15 % of it hidden, once. Then it is cut into windows of
+each length and the same hidden tokens are predicted from each: what differs is only how much context a window holds.
+With ALiBi the loss should fall beyond the length trained at, or at least not rise (Press et al. 2022 saw both).
+Learned positions end at their table. Each run becomes results/long-context-<run>.json, all of them one figure.
+"""
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+from batches import Batch, mask_tokens
+from corpus import Corpus, Tokenizer, to_json, write_atomically
+from machine import git_revision, pick_device, pick_dtype
+from model import MaskedLM, find_folder
+
+
+@dataclass
+class Config:
+    """MLM loss of the same hidden tokens in windows of several lengths."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]  # run folders (their latest checkpoints), or checkpoints
+    data: str  # folder made by prepare_c4.py with the models' tokenizer
+    lengths: tuple[int, ...] = (128, 512, 2_048, 8_192)  # tokens of a window, [CLS] and [SEP] counted
+    documents: int = 20  # how many to take, the first ones that are long enough
+    join: bool = False  # neighbouring documents are pieces of one: join them until they are long enough
+    split: str = "val"  # or train, for a folder that no model has seen
+    out: str = "results"  # folder of the records and the figure
+    device: str = "auto"
+    dtype: str = "auto"  # of the matmuls
+
+
+def long_documents(corpus: Corpus, n_tokens: int, limit: int, join: bool) -> tuple[list[np.ndarray], int]:
+    """The first `limit` texts of n_tokens ids, and how many there are in all; each document, or with `join` each run of
+    neighbours, gives one. ValueError when there is none."""
+    if not join:
+        long = np.flatnonzero(corpus.lengths >= n_tokens)
+        texts, available = [corpus[int(i)][:n_tokens] for i in long[:limit]], len(long)
+    else:
+        texts, available, pieces, have = [], 0, [], 0
+        for i, length in enumerate(corpus.lengths.tolist()):
+            pieces, have = [*pieces, i], have + length
+            if have >= n_tokens:
+                available += 1
+                if len(texts) < limit:
+                    texts.append(np.concatenate([corpus[j] for j in pieces])[:n_tokens])
+                pieces, have = [], 0
+    if not texts:
+        longest = int(corpus.lengths.max(initial=0))
+        raise ValueError(
+            f"{corpus.folder}: no {corpus.split} document has {n_tokens:,} tokens (the longest: {longest:,}); "
+            "give smaller --lengths, longer documents, or --join if neighbours are pieces of one"
+        )
+    return texts, available
+
+
+def windows(ids: Tensor, length: int, tokenizer: Tokenizer) -> tuple[Tensor, Tensor, Tensor]:
+    """Text ids (N,) cut into windows of `length` with [CLS] and [SEP]: flat ids (T,), cu_seqlens (B+1,) int32, and the
+    place (N,) of each token of the text among them."""
+    body = length - 2
+    place = torch.arange(len(ids), device=ids.device)
+    place = place + 2 * (place // body) + 1
+    lengths = [min(body, len(ids) - i) + 2 for i in range(0, len(ids), body)]
+    cu_seqlens = torch.tensor([0, *lengths], device=ids.device).cumsum(0).int()
+    flat = ids.new_full((int(cu_seqlens[-1]),), tokenizer.sep_id)
+    flat[cu_seqlens[:-1].long()] = tokenizer.cls_id
+    flat[place] = ids
+    return flat, cu_seqlens, place
+
+
+@torch.no_grad()
+def evaluate(
+    model: MaskedLM, tokenizer: Tokenizer, texts: list[np.ndarray], lengths: tuple[int, ...], dtype: torch.dtype
+) -> list[dict]:
+    """For each length: mean loss (nats) and accuracy over the hidden tokens, and the loss by position in the window.
+
+    15 % of each text is hidden, 80/10/10, the same tokens at every length. `gain`: how much lower the loss of the same
+    tokens is than at the first length; `gain_stderr`: its standard error over the texts, None for a single one.
+    """
+    device = next(model.parameters()).device
+    losses = {length: [] for length in lengths}  # of each text: (M,) loss, right or not, position in the window
+    for m, text in enumerate(texts):
+        ids = torch.from_numpy(text.astype(np.int64))
+        everything = Batch(ids, torch.tensor([0, len(ids)]), torch.zeros(len(ids), dtype=torch.bool), 1)
+        ids, masked, labels = mask_tokens(everything, tokenizer, round(0.15 * len(ids)), "80/10/10", 0, m, device)
+        for length in lengths:
+            flat, cu_seqlens, place = windows(ids, length, tokenizer)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                logits = model(flat, cu_seqlens=cu_seqlens, max_seqlen=length, masked_idx=place[masked]).float()
+            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+            rows = loss, (logits.argmax(-1) == labels).float(), masked % (length - 2) + 1
+            losses[length].append(torch.stack(rows).cpu().double().numpy())
+    result = []
+    for length in lengths:
+        loss, right, position = np.concatenate(losses[length], axis=1)
+        gain = np.concatenate(losses[lengths[0]], axis=1)[0] - loss  # (tokens,), token by token
+        by_text = gain.reshape(len(texts), -1).mean(1)
+        edges = [1, *(2**k for k in range(5, 31) if 2**k < length), length]  # 1..31, 32..63, 64..127, …
+        bins = [(a, b, (position >= a) & (position < b)) for a, b in pairwise(edges)]
+        stderr = by_text.std(ddof=1) / len(texts) ** 0.5 if len(texts) > 1 else None
+        result.append({
+            "length": length,
+            "loss": round(loss.mean(), 5),
+            "accuracy": round(right.mean(), 5),
+            "gain": round(gain.mean(), 5),
+            "gain_stderr": None if stderr is None else round(stderr, 5),
+            "by_position": [
+                {"from": a, "to": b - 1, "n": int(here.sum()), "loss": round(loss[here].mean(), 5),
+                 "gain": round(gain[here].mean(), 5)}
+                for a, b, here in bins if here.any()
+            ],
+        })  # fmt: skip
+    return result
+
+
+def draw(records: list[dict], path: Path) -> None:
+    """Left: loss against the window's length, a line a run. Right: by position in the window, how much lower the loss
+    is than that of the same tokens in the shortest window. Position alone would show which tokens are hard, not why."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    for record, marker in zip(records, "osD^vP*X" * len(records)):
+        rows = record["lengths"]
+        (line,) = left.plot([r["length"] for r in rows], [r["loss"] for r in rows], marker=marker, label=record["run"])
+        for row, style in zip(rows[1:], [":", "--", "-"] * len(rows)):
+            middle = [(b["from"] * b["to"]) ** 0.5 for b in row["by_position"]]
+            gains = [b["gain"] for b in row["by_position"]]
+            name = f"{record['run']}, {row['length']:,}" if len(records) > 1 else f"windows of {row['length']:,}"
+            right.plot(middle, gains, style, color=line.get_color(), marker=marker, ms=4, label=name)
+        for axis in (left, right):
+            axis.axvline(record["seq_len"] or 0, color="0.7", lw=1, zorder=0)
+    lengths = [row["length"] for row in records[0]["lengths"]]
+    right.axhline(0, color="0.3", lw=0.8, zorder=0)
+    left.set(xlabel="window (tokens); grey: trained at", ylabel="MLM loss of the same hidden tokens (nats)")
+    right.set(xlabel="position in the window (tokens)", ylabel=f"gain over windows of {lengths[0]:,} (nats)")
+    for axis in (left, right):
+        axis.set_xscale("log")
+        axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
+        axis.minorticks_off()
+        axis.grid(color="0.93")
+        axis.legend(fontsize=7, frameon=False)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=150)
+    plt.close(figure)
+    temporary.replace(path)
+
+
+def measure(run: str, cfg: Config, texts: list[np.ndarray], available: int, vocabulary: bytes) -> dict:
+    """One run's record. ValueError (one line) where the run does not fit the data or the lengths."""
+    checkpoint = find_folder(run)
+    model, tokenizer = MaskedLM.from_pretrained(checkpoint), Tokenizer.load(checkpoint)
+    if tokenizer.vocabulary != vocabulary:
+        raise ValueError(f"{cfg.data} has another vocabulary than {run}; prepare it with --tokenizer {checkpoint}")
+    if model.cfg.position == "learned" and max(cfg.lengths) > model.cfg.max_positions:
+        raise ValueError(f"{run} has {model.cfg.max_positions} learned positions; give --lengths up to that")
+    device = pick_device(cfg.device)
+    dtype = pick_dtype(cfg.dtype, device)
+    model.to(device).eval()
+    pretraining = {}
+    if checkpoint.parent.name == "ckpt":
+        config = json.loads((checkpoint.parent.parent / "config.json").read_text())
+        pretraining = {"seq_len": config["train"]["seq_len"]} | json.loads((checkpoint / "progress.json").read_text())
+    return {
+        "type": "long_context",
+        "run": pretraining.get("run", Path(run).name),
+        "family": pretraining.get("family"),
+        "position": model.cfg.position,
+        "seq_len": pretraining.get("seq_len"),  # it was trained at; None for a checkpoint of no run of ours
+        "step": pretraining.get("step"),
+        "pretrain_tokens": pretraining.get("tokens"),
+        "data": cfg.data,
+        "documents": len(texts),
+        "available": available,
+        "masked": len(texts) * round(0.15 * len(texts[0])),
+        "lengths": evaluate(model, tokenizer, texts, cfg.lengths, dtype),
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "revision": git_revision(),
+        "command": shlex.join(["long_context.py", *sys.argv[1:]]),
+    }
+
+
+def main(args: list[str] | None = None) -> None:
+    """Command line; `args` replaces sys.argv[1:] in tests."""
+    cfg = tyro.cli(Config, args=args, use_underscores=True)
+    try:
+        if not cfg.runs or not cfg.lengths or min(cfg.lengths) < 3 or cfg.documents < 1:
+            raise ValueError("give a run, --lengths of 3 or more, and --documents of 1 or more")
+        corpus = Corpus(cfg.data, cfg.split)
+        vocabulary = Tokenizer.load(corpus.tokenizer_dir).vocabulary
+        texts, available = long_documents(corpus, max(cfg.lengths) - 2, cfg.documents, cfg.join)
+        print(f"{cfg.data}: {available:,} texts of {len(texts[0]):,} tokens or more, {len(texts):,} taken")
+        records = [measure(run, cfg, texts, available, vocabulary) for run in cfg.runs]
+    except ValueError as e:
+        raise SystemExit(f"error: {e}") from None
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for record in records:
+        path = out / f"long-context-{record['run']}.json"
+        write_atomically(path, to_json(record))
+        print(f"\n{record['run']}, trained at {record['seq_len']}: wrote {path}\nwindow    loss   accuracy   gain")
+        for row in record["lengths"]:
+            error = f" ± {row['gain_stderr']:.4f}" if row["gain_stderr"] else ""
+            print(f"{row['length']:6,}  {row['loss']:.4f}   {row['accuracy']:8.1%}   {row['gain']:+.4f}{error}")
+    figure = out / ("long-context.png" if len(records) > 1 else f"long-context-{records[0]['run']}.png")
+    draw(records, figure)
+    print(f"\nwrote {figure}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""long_context.py: the same hidden tokens at every length, the losses of a plain forward, one line for bad input."""
+
+import json
+import re
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from conftest import some_documents
+
+import prepare_c4
+from corpus import Corpus, Tokenizer
+from long_context import draw, evaluate, long_documents, main, windows
+from model import EncoderConfig, MaskedLM
+
+SHAPE = dict(n_layers=1, n_heads=2, d_model=16, d_ff=16)
+
+
+@pytest.fixture(scope="module")
+def long_corpus(tmp_path_factory):
+    """Twelve documents of several thousand tokens, made of short ones."""
+    folder = tmp_path_factory.mktemp("long")
+    short = some_documents(240)
+    (folder / "long.jsonl").write_text(
+        "".join(json.dumps({"text": "\n\n".join(short[i::12])}) + "\n" for i in range(12)), encoding="utf-8"
+    )
+    settings = dict(source=str(folder / "long.jsonl"), vocab_size=500, val_fraction=0.3, workers=1, seed=1)
+    prepare_c4.prepare(prepare_c4.Config(out=str(folder / "data"), **settings))
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(long_corpus) -> Tokenizer:
+    return Tokenizer.load(long_corpus)
+
+
+def model_of(tokenizer, **shape) -> MaskedLM:
+    torch.manual_seed(0)
+    model = MaskedLM(EncoderConfig(tokenizer.vocab_size, **(SHAPE | shape))).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "checkpoint"
+    model_of(tokenizer).save_pretrained(folder)
+    tokenizer.save(folder)
+    return folder
+
+
+def texts_of(corpus, n=3, tokens=254):
+    return long_documents(Corpus(corpus, "train"), tokens, n, join=False)[0]
+
+
+def test_windows_hold_the_text_between_cls_and_sep(tokenizer):
+    ids = torch.arange(100, 125)
+    flat, cu, place = windows(ids, 10, tokenizer)
+    assert torch.equal(flat[place], ids)
+    assert cu.tolist() == [0, 10, 20, 30, 33]
+    for a, b in pairwise(cu.tolist()):
+        assert flat[a] == tokenizer.cls_id
+        assert flat[b - 1] == tokenizer.sep_id
+    assert len(flat) == len(ids) + 2 * 4, "nothing else is in them"
+
+
+def test_losses_are_those_of_each_window_alone(long_corpus, tokenizer):
+    """Recomputed window by window with the padded front door, from what evaluate hands to the model."""
+    model, seen = model_of(tokenizer), []
+    hook = model.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args[0], kwargs)), with_kwargs=True)
+    rows = evaluate(model, tokenizer, texts_of(long_corpus), (32, 256), torch.float32)
+    hook.remove()
+    texts = [torch.from_numpy(t.astype(np.int64)) for t in texts_of(long_corpus)]
+    for k, (length, row) in enumerate(zip((32, 256), rows)):
+        losses = []
+        for text, (flat, kwargs) in zip(texts, seen[k::2]):
+            truth = windows(text, length, tokenizer)[0]
+            cu, hidden = kwargs["cu_seqlens"].tolist(), kwargs["masked_idx"]
+            assert max(np.diff(cu)) <= length
+            for a, b in pairwise(cu):
+                here = hidden[(hidden >= a) & (hidden < b)]
+                logits = model(flat[None, a:b])[0, here - a]
+                losses.append(torch.nn.functional.cross_entropy(logits, truth[here], reduction="none"))
+        assert row["loss"] == pytest.approx(torch.cat(losses).mean().item(), abs=2e-5)
+
+
+def test_the_same_tokens_are_hidden_at_every_length(long_corpus, tokenizer):
+    model, hidden = model_of(tokenizer), []
+
+    def note(_, args, kwargs):
+        flat, special = args[0], (tokenizer.cls_id, tokenizer.sep_id)
+        text = [i for i in range(len(flat)) if flat[i] not in special]
+        hidden.append([(text.index(i), int(flat[i])) for i in kwargs["masked_idx"].tolist()])
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    rows = evaluate(model, tokenizer, texts_of(long_corpus, 2), (32, 64, 256), torch.float32)
+    assert hidden[0] == hidden[1] == hidden[2]
+    assert hidden[3] == hidden[4] == hidden[5]
+    assert [place for place, _ in hidden[0]] != [place for place, _ in hidden[3]]
+    assert len(hidden[0]) == round(0.15 * 254)
+    assert {sum(b["n"] for b in row["by_position"]) for row in rows} == {2 * round(0.15 * 254)}
+
+
+def test_positions_and_gains_add_up(long_corpus, tokenizer):
+    first, last = evaluate(model_of(tokenizer), tokenizer, texts_of(long_corpus), (32, 256), torch.float32)
+    assert (first["gain"], first["gain_stderr"]) == (0, 0)
+    assert last["gain"] == pytest.approx(first["loss"] - last["loss"], abs=2e-5)
+    assert last["gain_stderr"] > 0
+    for row in (first, last):
+        bins = row["by_position"]
+        assert bins[0]["from"] == 1
+        assert bins[-1]["to"] == row["length"] - 1
+        assert all(a["to"] + 1 == b["from"] for a, b in pairwise(bins))
+        for key in ("loss", "gain"):
+            mean = sum(b["n"] * b[key] for b in bins) / sum(b["n"] for b in bins)
+            assert mean == pytest.approx(row[key], abs=2e-5)
+    assert [b["from"] for b in last["by_position"]] == [1, 32, 64, 128]
+
+
+def test_a_model_that_needs_far_context_gains_from_long_windows(tokenizer):
+    """Random ids repeated every 100 tokens can be known from a window of 256 and not from one of 64."""
+
+    class Copies(torch.nn.Module):
+        """Predicts what stands 100 places before, where that is in the window."""
+
+        def __init__(self):
+            super().__init__()
+            self.unused = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, flat, cu_seqlens, max_seqlen, masked_idx):
+            start = cu_seqlens[torch.searchsorted(cu_seqlens, masked_idx, right=True) - 1]
+            logits = torch.zeros(len(masked_idx), tokenizer.vocab_size)
+            known = masked_idx - 100 > start
+            logits[known, flat[masked_idx[known] - 100]] = 9.0
+            return logits
+
+    text = np.resize(np.random.default_rng(0).integers(10, 490, 100), 254)
+    short, long = evaluate(Copies(), tokenizer, [text.astype(np.uint16)] * 2, (64, 256), torch.float32)
+    assert short["loss"] == pytest.approx(np.log(tokenizer.vocab_size), abs=1e-3)
+    assert long["gain"] > 1
+    by_position = {b["from"]: b["gain"] for b in long["by_position"]}
+    assert by_position[1] == pytest.approx(0, abs=1e-4)
+    assert by_position[128] > 2
+
+
+def test_documents_are_the_first_long_ones_or_joined_neighbours(long_corpus):
+    corpus = Corpus(long_corpus, "train")
+    lengths = corpus.lengths
+    middle = int(np.sort(lengths)[len(lengths) // 2])
+    texts, available = long_documents(corpus, middle, 2, join=False)
+    assert available == (lengths >= middle).sum()
+    long = np.flatnonzero(lengths >= middle)
+    assert all(np.array_equal(t, corpus[int(i)][:middle]) for t, i in zip(texts, long))
+    assert len(texts) == 2
+    n = int(lengths[0] + 5)  # one document is not enough, two are
+    texts, available = long_documents(corpus, n, 100, join=True)
+    assert np.array_equal(texts[0], np.concatenate([corpus[0], corpus[1]])[:n])
+    assert np.array_equal(texts[1][: lengths[2]], corpus[2][:n]), "the next text begins behind the first"
+    assert len(texts) == available < len(lengths)
+
+
+def test_a_record_and_a_figure_are_written(checkpoint, long_corpus, tmp_path, capsys):
+    args = ["--data", str(long_corpus), "--lengths", "32", "128", "--split", "train", "--documents", "3"]
+    main([str(checkpoint), *args, "--out", str(tmp_path)])
+    record = json.loads((tmp_path / "long-context-checkpoint.json").read_text())
+    assert record["type"] == "long_context"
+    assert (record["documents"], record["masked"]) == (3, 3 * round(0.15 * 126))
+    assert [row["length"] for row in record["lengths"]] == [32, 128]
+    assert re.search(r": \d+ texts of 126 tokens or more, 3 taken", capsys.readouterr().out)
+    assert (tmp_path / "long-context-checkpoint.png").read_bytes().startswith(b"\x89PNG")
+    again = tmp_path / "again"
+    main([str(checkpoint), *args, "--out", str(again)])
+    assert json.loads((again / "long-context-checkpoint.json").read_text())["lengths"] == record["lengths"]
+    draw([record, record | {"run": "another", "seq_len": 64}], tmp_path / "two.png")
+
+
+def test_bad_input_is_one_line_and_writes_nothing(checkpoint, long_corpus, corpus_dir, tokenizer, tmp_path):
+    learned = tmp_path / "learned"
+    model_of(tokenizer, position="learned", max_positions=64).save_pretrained(learned)
+    tokenizer.save(learned)
+    out = ["--out", str(tmp_path / "out")]
+    for run, data, more, expected in (
+        (checkpoint, long_corpus, ["--lengths", "128", "99999"], r"no val document has 99,997 tokens \(the longest: "),
+        (learned, long_corpus, ["--lengths", "32", "65"], "learned has 64 learned positions; give --lengths up to"),
+        (checkpoint, corpus_dir, ["--lengths", "32"], "has another vocabulary than"),
+        (checkpoint, long_corpus, ["--lengths", "2"], "--lengths of 3 or more"),
+        (tmp_path / "gone", long_corpus, ["--lengths", "32"], "gone: no checkpoint here"),
+        (checkpoint, tmp_path / "gone", ["--lengths", "32"], "gone holds no meta.json"),
+    ):
+        with pytest.raises(SystemExit) as e:
+            main([str(run), "--data", str(data), *more, *out])
+        message = str(e.value)
+        assert message.startswith("error: ") and "\n" not in message
+        assert re.search(expected, message), message
+    assert not (tmp_path / "out").exists()
