@@ -18,6 +18,7 @@ and the loop.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -26,7 +27,6 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
@@ -176,6 +176,8 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         device = pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
         corpora, tokenizer = open_corpora(mixture.folders, "train")
         val_corpora, _ = open_corpora(mixture.folders, "val")
+        if cfg.cooldown_from and Tokenizer.load(cfg.cooldown_from).vocabulary != tokenizer.vocabulary:
+            raise ValueError(f"--cooldown_from {cfg.cooldown_from}: trained with another tokenizer than the data's")
     except ValueError as e:
         raise SystemExit(f"error: {e}") from None
     dtype = pick_dtype(cfg.dtype, device)
@@ -199,7 +201,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         except ValueError as e:
             raise SystemExit(f"error: {e}") from None
         cfg.model = start.cfg
-    else:
+    elif not cfg.cooldown_from:  # a branch keeps its stem's, whose table may have been brought by --start_from
         cfg.model.vocab_size = tokenizer.vocab_size
     data = {"corpus": [corpus_digest(f) for f in mixture.folders], "mixture": asdict(mixture) | {"folders": None}}
     settings = asdict(cfg) | {"preset": preset} | data
@@ -236,12 +238,16 @@ def train(preset: str, cfg: TrainConfig) -> Path:
             optimizer.load_state_dict(state)
         step, tokens, micro, seconds = (trainer[k] for k in ("step", "tokens", "micro", "train_seconds"))
         branch, changed_at = trainer["branch"] and Branch(**trainer["branch"]), trainer["changed_at"]
-        if changed_at is not None:
-            batches.change_shares(changed_at, mixture.later)
     if cfg.cooldown_from and not checkpoints:
-        there = done_at(cfg, step, tokens, seconds)
+        over = branch.over(tokens) if branch else done_at(cfg, step, tokens, seconds)
+        there = branch.schedule(over) if branch else over
+        factor = branch.learning_rate(cfg, over) if branch else learning_rate(cfg, there)
         length = max(1, round(tokens * cfg.cooldown / (1.0 - cfg.cooldown)))
-        branch = Branch(tokens, min(there, 1.0), learning_rate(cfg, there), length)
+        branch = Branch(tokens, min(there, 1.0), factor, length)
+        if there < mixture.change:  # data of the branch's own, whose change has not come
+            changed_at = None
+    if changed_at is not None:
+        batches.change_shares(changed_at, mixture.later)
     use_compile = cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda")
     forward = torch.compile(model) if use_compile else model
     if world > 1:
@@ -249,12 +255,15 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         ids = [device.index] if device.type == "cuda" else None
         forward = DistributedDataParallel(forward, device_ids=ids, broadcast_buffers=False)
         if cfg.grad_reduce == "bfloat16":
-            forward.register_comm_hook(None, bf16_compress_hook)
+            # inside a lambda: by its name torch refuses this hook on gloo, which does add up bfloat16
+            forward.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
 
     # -- what is said about it
     gpus = world if device.type == "cuda" else 0
     price = cfg.gpu_dollars_per_hour if gpus else 0.0
     family = preset.split("-")[0]
+    if cfg.start_from:
+        family = "mosaic" if cfg.model.position == "alibi" else "bert"
     hardware = torch.cuda.get_device_name() if gpus else device.type
     backend, reason = (
         attention_backend(device.type) if cfg.model.attention == "auto" else (cfg.model.attention, "asked for")
@@ -277,7 +286,8 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         if cfg.wandb:
             import wandb
 
-            name = f"{run.name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
+            fixed = {k: v for k, v in settings.items() if k not in FREE_TO_CHANGE}
+            name = f"{run.name}-{hashlib.sha256(json.dumps(fixed).encode()).hexdigest()[:8]}"
             board = wandb.init(project="nanoMosaicBERT", id=name, name=run.name, config=config, resume="allow")
         default = make_presets()[preset][1]
         changed = [
@@ -401,14 +411,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     for s in (signal.SIGTERM, signal.SIGINT):
         signal.signal(s, stop_soon)
 
-    def mine(micro: int, tokens: int) -> Iterator[int]:
-        """The micro-batches of this process, in order."""
-        while True:
-            n_micro = batch_at(cfg, tokens) // cfg.micro_tokens
-            yield from range(micro + rank, micro + n_micro, world)
-            micro, tokens = micro + n_micro, tokens + n_micro * cfg.micro_tokens
-
-    coming = mine(micro, tokens)
+    coming = itertools.count(micro + rank, world)  # the micro-batches of this process
     pool = ThreadPoolExecutor(1)  # the next micro-batch is built while this one is computed
     ahead = pool.submit(build, next(coming))
     bar = tqdm(total=100, unit="%", disable=rank != 0 or not sys.stderr.isatty(), bar_format="{l_bar}{bar}| {postfix}")
@@ -495,8 +498,8 @@ def train(preset: str, cfg: TrainConfig) -> Path:
                 "train",
                 step=step,
                 tokens=tokens,
-                loss=round(mean_loss, 5),
-                accuracy=round(accuracy, 5),
+                loss=round(mean_loss, 5) if window_masked else None,  # every step was skipped
+                accuracy=round(accuracy, 5) if window_masked else None,
                 lr=cfg.lr * factor,
                 masking=round(rate, 4),
                 batch_tokens=batch_tokens,
@@ -509,8 +512,9 @@ def train(preset: str, cfg: TrainConfig) -> Path:
             )
             where = f"in step {step:,}" if step == window_step + 1 else f"in steps {window_step + 1:,} to {step:,}"
             if not math.isfinite(mean_loss):
-                bad = next(r for r, (s, _) in enumerate(per_rank) if not math.isfinite(s))
-                raise diverged(f"the loss is {mean_loss} {where} (rank {bad})")
+                bad = [str(r) for r, (s, _) in enumerate(per_rank) if not math.isfinite(s)]
+                who = "all ranks" if 1 < len(bad) == world else f"rank {', '.join(bad)}"
+                raise diverged(f"the loss is {mean_loss} {where} ({who})")
             if mean_loss > 2 * math.log(cfg.model.vocab_size):  # knowing nothing costs log(vocabulary)
                 raise diverged(f"the loss has exploded to {mean_loss:.1f} {where} (all ranks)")
             line = (
@@ -584,7 +588,8 @@ def main() -> None:
             raise SystemExit(f"error: {e}") from None
         if args[0] != preset:
             raise SystemExit(f"error: {stem} is of preset {preset}, not {args[0]}")
-        inherited = replace(stem_cfg, data=(), name=f"{stem.parents[1].name}-cooldown-{int(stem.name[5:])}")
+        name = f"{stem.parents[1].name}-cooldown-{int(stem.name[5:])}"
+        inherited = replace(stem_cfg, data=(), start_from="", name=name)
         presets = {preset: (presets[preset][0], inherited)}
     cfg = tyro.extras.overridable_config_cli(presets, use_underscores=True)
     if stem:

@@ -6,6 +6,7 @@ mosaic-*, bert-*: the recipe of the paper (Portes et al. 2023, arXiv 2312.17482)
 sizes are for CPUs and have a recipe of their own. nano-*: MosaicBERT's shape with what has won since (LOG.md).
 """
 
+import importlib.util
 import json
 import math
 import re
@@ -170,6 +171,10 @@ def check_config(cfg: TrainConfig, world_size: int) -> None:
         raise SystemExit("error: --cooldown_from needs a --cooldown above 0: the share of the run that anneals")
     if cfg.cooldown_from and cfg.start_from:
         raise SystemExit("error: --cooldown_from goes on with a run, --start_from begins one; give one of them")
+    if cfg.pppl_tokens < 0:
+        raise SystemExit(f"error: --pppl_tokens {cfg.pppl_tokens}: must not be below 0")
+    if cfg.wandb and importlib.util.find_spec("wandb") is None:
+        raise SystemExit("error: --wandb needs its package; pip install wandb")
     masking_rate(cfg.masking, 0.0)
     read_mixture(cfg.data)
 
@@ -267,7 +272,7 @@ class Mixture:
 def read_mixture(data: tuple[str, ...]) -> Mixture:
     """--data flags, each folder, folder:share or folder:share:later@change -> Mixture."""
     number = r"(\d*\.?\d+)"
-    read = [re.fullmatch(rf"(.+?)(?::{number}(?::{number}@{number})?)?", d).groups() for d in data or ("data/c4",)]
+    read = [re.fullmatch(rf"(.*?)(?::{number}(?::{number}@{number})?)?", d).groups() for d in data or ("data/c4",)]
     folders = [folder for folder, *_ in read]
     weighted, changes = {p is not None for _, p, _, _ in read}, {float(at) for *_, at in read if at}
     if weighted == {False}:
@@ -278,5 +283,10 @@ def read_mixture(data: tuple[str, ...]) -> Mixture:
         raise SystemExit(
             f"error: --data {' '.join(data)}: give every folder a share or none, as in --data a:0.7 --data b:0.3; "
             "shares may change once, as in --data a:0.7:0.2@0.8 --data b:0.3:0.8@0.8"
+        )
+    drawn = [(p / sum(shares), q / sum(later)) for p, q in zip(shares, later)]
+    if any(0 < share < 1e-3 for both in drawn for share in both) or not all(map(any, drawn)):
+        raise SystemExit(
+            f"error: --data {' '.join(data)}: a share below 0.001 of all would never be drawn; leave the folder out"
         )
     return Mixture(folders, shares, later if changes else None, max(changes, default=2.0))

@@ -1,12 +1,17 @@
 """batches.py: exact micro-batches, a pure function of (seed, m), and honest masking."""
 
+import json
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import some_documents
 
-from batches import Batches, count_masked, mask_tokens, random_bits, shuffled
+import prepare_c4
+from batches import Batch, Batches, count_masked, mask_tokens, one_mask_each, random_bits, shuffled
 from corpus import Corpus, Tokenizer
 
 T, S = 1_024, 64
@@ -98,6 +103,111 @@ def test_threads_may_ask_at_once(corpus_dir, tokenizer, monkeypatch):
         assert batches.starts[:301] == serial.starts[:301] and batches.n_special[:300] == serial.n_special[:300]
 
 
+# ----------------------------------------------------------------------------- mixtures
+
+
+@pytest.fixture(scope="module")
+def corpora(corpus_dir, tmp_path_factory) -> list[Corpus]:
+    """Three corpora of different sizes with one tokenizer."""
+    texts, found = some_documents(700), [Corpus(corpus_dir)]
+    for a, b in ((400, 460), (460, 700)):
+        folder = tmp_path_factory.mktemp("more")
+        source, out = folder / "documents.jsonl", folder / "prepared"
+        source.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts[a:b]), encoding="utf-8")
+        options = dict(tokenizer=str(corpus_dir), val_fraction=0.1, workers=1)
+        prepare_c4.prepare(prepare_c4.Config(source=str(source), out=str(out), **options))
+        found.append(Corpus(out))
+    return found
+
+
+def mixture(corpora, tokenizer, shares, documents="all", seed=3, seq_len=S) -> Batches:
+    return Batches(corpora, tokenizer, seq_len, T, documents, seed, shares)
+
+
+def drawn(batches: Batches, places: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """Windows at these places of the stream: corpus of each, and its document and offset."""
+    document, offset, _ = batches._windows(places)
+    source = np.searchsorted(batches.first_document, document, side="right") - 1
+    return source, list(zip(document.tolist(), offset.tolist()))
+
+
+def assert_read_through_before_any_repeats(batches: Batches, source: np.ndarray, windows: list) -> None:
+    """Each corpus shows every window of its own once before it shows one again, epoch after epoch."""
+    for k, n in enumerate(np.diff(batches.edges)):
+        mine = [w for w, s in zip(windows, source) if s == k]
+        for begin in range(0, len(mine), int(n)):
+            epoch = mine[begin : begin + int(n)]
+            assert len(set(epoch)) == len(epoch), f"corpus {k} repeats a window before it was read through"
+        orders = [mine[begin : begin + int(n)] for begin in range(0, len(mine) - int(n), int(n))]
+        assert len({tuple(o) for o in orders}) == len(orders), "every epoch has an order of its own"
+
+
+@pytest.mark.parametrize("shares", [[0.7, 0.2, 0.1], [1, 1, 2], [0.001, 0.998, 0.001], [0.0, 1.0, 3.0]])
+@pytest.mark.parametrize("documents", ["first", "all"])
+def test_every_block_of_1000_windows_has_exactly_the_shares(corpora, tokenizer, shares, documents):
+    batches = mixture(corpora, tokenizer, shares, documents)
+    source, windows = drawn(batches, np.arange(20_000))
+    expected = [round(1_000 * s / sum(shares)) for s in shares]
+    for block in source.reshape(20, 1_000):
+        assert np.bincount(block, minlength=3).tolist() == expected
+    if shares[0] == 0.7:  # mixed within the block, too: 5 standard deviations of a random order
+        assert abs(np.bincount(source[:200], minlength=3) - [140, 40, 20]).max() < 30
+    assert_read_through_before_any_repeats(batches, source, windows)
+
+
+def test_a_corpus_is_read_through_across_a_change_of_shares_in_the_middle_of_a_block(corpora, tokenizer):
+    batches = mixture(corpora, tokenizer, [0.7, 0.2, 0.1])
+    m = 5
+    batches.change_shares(m, [0.1, 0.3, 0.6])
+    first = batches.starts[m]
+    assert first % 1_000 > 0, "the middle of a block"
+    batches.change_shares(3 * m, [0.0, 0.5, 0.5])
+    second = batches.starts[3 * m]
+    source, windows = drawn(batches, np.arange(second + 9_000))
+    assert_read_through_before_any_repeats(batches, source, windows)
+    for begin in range(second, second + 9_000, 1_000):
+        assert np.bincount(source[begin : begin + 1_000], minlength=3).tolist() == [0, 500, 500]
+    before = mixture(corpora, tokenizer, [0.7, 0.2, 0.1])
+    assert drawn(before, np.arange(first))[1] == windows[:first]
+    lone = [drawn(batches, np.array([p]))[1][0] for p in (0, first - 1, first, first + 1, second, second + 7)]
+    assert lone == [windows[p] for p in (0, first - 1, first, first + 1, second, second + 7)]
+
+
+def test_a_mixture_is_a_function_of_seed_and_m_whatever_was_asked_before(corpora, tokenizer, monkeypatch):
+    """Planned far ahead or just in time, in order or not, the change announced before or when it comes."""
+
+    def same(a: Batch, b: Batch) -> bool:
+        return torch.equal(a.input_ids, b.input_ids) and torch.equal(a.cu_seqlens, b.cu_seqlens)
+
+    plain, at_once = mixture(corpora, tokenizer, [0.6, 0.2, 0.2]), mixture(corpora, tokenizer, [0.6, 0.2, 0.2])
+    at_once.change_shares(40, [0.1, 0.1, 0.8])
+    monkeypatch.setattr(Batches, "CHUNK", 100)  # planning in small pieces must not matter either
+    in_time = mixture(corpora, tokenizer, [0.6, 0.2, 0.2])
+    early = [in_time(m) for m in range(40)]
+    in_time.change_shares(40, [0.1, 0.1, 0.8])
+    late = [in_time(m) for m in range(40, 80)]
+    for m in (79, 40, 0, 39, 41, 60):
+        assert same(at_once(m), (early + late)[m]) and at_once.n_maskable(m) == in_time.n_maskable(m)
+        assert same(plain(m), at_once(m)) == (m < 40), "the change begins at 40 and not before"
+    assert not same(mixture(corpora, tokenizer, [0.6, 0.2, 0.2], seed=4)(0), plain(0))
+
+
+def test_folders_without_shares_are_one_corpus_every_document_once_an_epoch(corpora, tokenizer):
+    for documents in ("first", "all"):
+        batches = mixture(corpora, tokenizer, None, documents)
+        counts = Counter(drawn(batches, np.arange(batches.n_windows))[1])
+        assert set(counts.values()) == {1}
+        assert {d for d, _ in counts} == set(range(sum(map(len, corpora))))
+        source, _ = drawn(batches, np.arange(batches.n_windows // 2))  # mixed: half an epoch has half of each
+        found, all_of = np.bincount(source, minlength=3), np.diff(batches.first_document)
+        if documents == "first":
+            assert (abs(found - all_of / 2) < 5 * np.sqrt(all_of) / 2).all()
+    batch, texts = batches(0), [c[i].tolist() for c in corpora for i in range(len(c))]
+    first, *_ = batch.input_ids.tensor_split(batch.cu_seqlens[1:-1].long())
+    document, offset, _ = batches._windows(np.arange(1))
+    assert first[1:-1].tolist() == texts[document[0]][offset[0] : offset[0] + S - 2], "numbered across folders"
+
+
 # ----------------------------------------------------------------------------- masking
 
 
@@ -169,3 +279,49 @@ def test_random_bits_are_fixed_numbers_for_ever():
         key = (mix((seed * 2 + 1) * golden % 2**64) + stream * golden) % 2**64
         expected = [mix((mix(key) + i * golden) % 2**64) % 2**62 for i in range(50)]
         assert random_bits(seed, stream, 50, "cpu").tolist() == expected
+
+
+def test_random_tokens_are_uniform_and_never_special_where_the_specials_lie_inside_the_vocabulary():
+    """As BERT's do: [PAD] 0, [UNK] 100, [CLS] 101, [SEP] 102, [MASK] 103."""
+    specials = dict(pad_id=0, unk_id=100, cls_id=101, sep_id=102, mask_id=103)
+    bert, n = SimpleNamespace(vocab_size=200, **specials), 200_000
+    batch = Batch(torch.full((n,), 150), torch.tensor([0, n], dtype=torch.int32), torch.zeros(n, dtype=torch.bool), 1)
+    ids, idx, _ = mask_tokens(batch, bert, n // 2, "80/10/10", 7, 0, torch.device("cpu"))
+    counts = torch.bincount(ids[idx], minlength=200)
+    assert len(counts) == 200 and counts[[0, 100, 101, 102]].sum() == 0
+    counts = counts[[i for i in range(200) if i not in {*specials.values(), 150}]].double()
+    chi = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
+    assert counts.mean() > 40 and chi < 264, "193 degrees, p = 0.0005"
+
+
+def test_every_place_in_a_document_is_hidden_as_often(corpus_dir, tokenizer):
+    """Not only over the micro-batch: near [CLS] and near [SEP] too."""
+    hits, chances = np.zeros((2, S)), np.zeros((2, S))
+    for m in range(24):
+        batch, _, _, idx, _ = masked(corpus_dir, tokenizer, m)
+        cu = batch.cu_seqlens.numpy()
+        text = np.flatnonzero(~batch.special)
+        for places, into in ((idx.numpy(), hits), (text, chances)):
+            document = np.searchsorted(cu, places, side="right") - 1
+            into[0] += np.bincount(places - cu[document], minlength=S)
+            into[1] += np.bincount(cu[document + 1] - 1 - places, minlength=S)
+    assert hits[:, 0].sum() == 0, "no [CLS], no [SEP]"
+    expected = chances[:, 1:-1] * hits.sum() / chances.sum()
+    chi = ((hits[:, 1:-1] - expected) ** 2 / expected).sum(1)
+    assert (chi < 103).all(), "chi-square, 61 degrees, p = 0.0006"
+
+
+def test_one_mask_each_hides_every_token_once_in_a_document_that_is_whole_otherwise(corpus_dir, tokenizer):
+    batch = make(corpus_dir, tokenizer, split="val")(0)
+    whole = {tuple(d.tolist()) for d in batch.input_ids.tensor_split(batch.cu_seqlens[1:-1].long())}
+    text, n = (~batch.special).nonzero().flatten(), 300
+    for micro_tokens in (1, 500, 10**6):
+        pieces = list(one_mask_each(batch, tokenizer, n, micro_tokens))
+        assert torch.equal(torch.cat([labels for *_, labels in pieces]), batch.input_ids[text[:n]])
+        assert all(len(ids) <= max(micro_tokens, S) for ids, *_ in pieces)
+        for ids, cu_seqlens, masked_idx, labels in pieces:
+            assert (ids == tokenizer.mask_id).sum() == len(labels) == len(cu_seqlens) - 1
+            restored = ids.index_put((masked_idx,), labels)
+            assert {tuple(d.tolist()) for d in restored.tensor_split(cu_seqlens[1:-1].long())} <= whole
+    assert list(one_mask_each(batch, tokenizer, 0, 500)) == []
+    assert sum(len(labels) for *_, labels in one_mask_each(batch, tokenizer, 10**6, 500)) == len(text)

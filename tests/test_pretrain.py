@@ -1,44 +1,192 @@
 """pretrain.py: schedules, one global batch, nothing lost on a kill, one line for bad input."""
 
+import functools
 import json
 import math
+import multiprocessing
 import os
+import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import some_documents
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
+import prepare_c4
 import pretrain
-from corpus import Tokenizer
+import recipes
+from batches import Batches, count_masked, mask_tokens
+from corpus import Corpus, Tokenizer
 from model import EncoderConfig, MaskedLM
-from pretrain import TrainConfig, learning_rate, masking_rate
+from pretrain import TrainConfig, batch_at, learning_rate, masking_rate
 
 ROOT = Path(__file__).parents[1]
-TINY = "--model.n_layers 1 --model.d_model 32 --model.d_ff 64 --model.n_heads 2 --seq_len 32 --batch_tokens 512"
-FAST = f"{TINY} --micro_tokens 512 --dtype float32 --device cpu --eval_tokens 512 --log_every 1"
+SHAPE = "--model.n_layers 1 --model.d_model 32 --model.d_ff 64 --model.n_heads 2"
+SMALL = (
+    "--seq_len 32 --batch_tokens 512 --micro_tokens 512 --device cpu --dtype float32 --log_every 1 --eval_tokens 512"
+)
+SMALL += " --pppl_tokens 40"
+FAST = f"{SHAPE} {SMALL}"
+NEVER = 1_000_000  # steps
 
 
-def command(corpus, out, args, preset="mosaic-tiny", procs=1) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(procs)] if procs > 1 else []
-    return [sys.executable, *launcher, "pretrain.py", preset, "--data", str(corpus), "--out", str(out), *args.split()]
+# ----------------------------------------------------------------------------- running it
 
 
-def start(*args, **kwargs) -> subprocess.Popen:
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(command(*args, **kwargs), cwd=ROOT, env=env, **pipes)
+def command(corpus, out, args, preset="mosaic-tiny") -> list[str]:
+    return ["pretrain.py", preset, "--data", str(corpus), "--out", str(out), *args.split()]
+
+
+def live(argv: list[str], env: dict[str, str], output: str, fault) -> None:
+    """What a process of `start` does: pretrain.py from the command line on, with `fault` built in before."""
+    os.environ.update(env)
+    os.chdir(ROOT)
+    sys.argv = argv
+    sys.stdout = sys.stderr = open(output, "a", buffering=1)  # noqa: SIM115
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore that a killed process would leak
+    if fault:
+        fault()
+    pretrain.main()
+
+
+@functools.cache
+def forks():
+    """Processes that have imported everything already begin in milliseconds: this file needs eighty of them."""
+    context, path = multiprocessing.get_context("forkserver"), os.environ.get("PYTHONPATH")
+    context.set_forkserver_preload(["test_pretrain", "torch._dynamo"])  # the latter comes with the first step
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    multiprocessing.forkserver.ensure_running()
+    os.environ.pop("PYTHONPATH")
+    if path is not None:
+        os.environ["PYTHONPATH"] = path
+    return context
+
+
+class Life:
+    """pretrain.py in `procs` processes that talk as torchrun has them talk, until it ends or is killed."""
+
+    def __init__(self, argv: list[str], output: Path, procs: int, fault):
+        self.output = output
+        with socket.socket() as s:
+            s.bind(("localhost", 0))
+            where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": str(procs)}
+        output.touch()
+        self.processes = []
+        for rank in range(procs):
+            env = where | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if procs > 1 else {}
+            job = (argv, env, str(output), fault)
+            self.processes.append(forks().Process(target=live, args=job, daemon=True))
+            self.processes[-1].start()
+
+    def wait_for(self, text: str) -> None:
+        while text not in self.output.read_text():
+            assert any(p.is_alive() for p in self.processes), self.output.read_text()
+            time.sleep(0.005)
+
+    def send(self, signum: int) -> None:
+        for p in self.processes:
+            if p.is_alive():
+                os.kill(p.pid, signum)
+
+    def end(self) -> tuple[list[int], str]:
+        """Exit codes by rank, and what was said."""
+        for p in self.processes:
+            p.join(timeout=120)
+        hung = [p.kill() for p in self.processes if p.is_alive()]
+        assert not hung, f"hangs: {self.output.read_text()}"
+        return [p.exitcode for p in self.processes], self.output.read_text()
+
+
+def start(corpus, out, args, preset="mosaic-tiny", procs=1, fault=None) -> Life:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return Life(command(corpus, out, args, preset), out.with_name(f"{out.name}-{time.time_ns()}.txt"), procs, fault)
 
 
 def run(*args, code=0, **kwargs) -> str:
-    process = start(*args, **kwargs)
-    output = process.communicate(timeout=240)[0]
-    assert process.returncode == code, output
+    codes, output = start(*args, **kwargs).end()
+    assert set(codes) == {code}, (codes, output)
     return output
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """pretrain.py in this process, so that its parts can be replaced; returns what it printed."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def go(argv: list[str]) -> str:
+        monkeypatch.setattr(sys, "argv", argv)
+        capsys.readouterr()
+        pretrain.main()
+        return capsys.readouterr().out
+
+    yield go
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
+
+
+# ----------------------------------------------------------------------------- faults built into a process
+
+
+def signal_at(name: str, nth: int, signum: int = signal.SIGKILL) -> None:
+    """Send this process a signal when it calls os.<name> for the nth time: SIGKILL comes before the call is made."""
+    original, calls = getattr(os, name), []
+
+    def call(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == nth:
+            os.kill(os.getpid(), signum)
+        return original(*args, **kwargs)
+
+    setattr(os, name, call)
+
+
+def die_in_torch_save(nth: int) -> None:
+    original, calls = torch.save, []
+
+    def save(obj, path):
+        original(obj, path)
+        calls.append(1)
+        if len(calls) == nth:
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = save
+
+
+def spoil_forward(calls: range, what: str | signal.Signals = "loss", rank: int = 0) -> None:
+    """In training forwards `calls` (from 1) on `rank`: a loss that is not finite, a gradient that is not, a signal."""
+    if int(os.environ.get("RANK", 0)) != rank:
+        return
+    original, seen = MaskedLM.forward, []
+
+    def forward(self, *args, **kwargs):
+        loss, right = original(self, *args, **kwargs)
+        seen.extend([1] * self.training)
+        if self.training and len(seen) in calls:
+            if isinstance(what, signal.Signals):
+                os.kill(os.getpid(), what)
+            elif what == "loss":
+                loss = loss * math.nan
+            else:
+                loss = loss + (loss - loss.detach()).sqrt()  # the root of zero is zero, its slope infinite
+        return loss, right
+
+    MaskedLM.forward = forward
+
+
+# ----------------------------------------------------------------------------- reading what it wrote
 
 
 def records(folder: Path, kind: str) -> dict[int, dict]:
@@ -51,6 +199,18 @@ def losses(folder: Path) -> torch.Tensor:
     return torch.tensor([r["loss"] for _, r in sorted(records(folder, "train").items())], dtype=torch.float64)
 
 
+def settings(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())["train"]
+
+
+def trainer(folder: Path, step: int) -> dict:
+    return torch.load(folder / f"ckpt/step_{step:08d}/trainer.pt", weights_only=True)
+
+
+def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"ckpt/step_{step:08d}/model.safetensors")
+
+
 def assert_same_checkpoint(a: Path, b: Path) -> None:
     assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
     states = [torch.load(p / "trainer.pt", weights_only=True) for p in (a, b)]
@@ -60,6 +220,64 @@ def assert_same_checkpoint(a: Path, b: Path) -> None:
     assert len(flat[0]) == len(flat[1])
     for x, y in zip(*flat):
         assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+
+
+def one_line(e: pytest.ExceptionInfo) -> str:
+    text = str(e.value.code)
+    assert text.startswith("error: ") and "\n" not in text
+    return text
+
+
+# ----------------------------------------------------------------------------- corpora and a finished run
+
+
+def prepare(folder: Path, texts: list[str], **options) -> Path:
+    source = folder / "documents.jsonl"
+    source.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+    out = folder / "prepared"
+    prepare_c4.prepare(prepare_c4.Config(source=str(source), out=str(out), val_fraction=0.1, workers=1, **options))
+    return out
+
+
+@pytest.fixture(scope="module")
+def other_corpus(corpus_dir, tmp_path_factory):
+    """Other documents, the same tokenizer."""
+    return prepare(tmp_path_factory.mktemp("other"), some_documents(600)[400:], tokenizer=str(corpus_dir))
+
+
+@pytest.fixture(scope="module")
+def foreign_corpus(tmp_path_factory):
+    """Another tokenizer of the same size."""
+    return prepare(tmp_path_factory.mktemp("foreign"), some_documents(600)[400:], vocab_size=800)
+
+
+STEM = f"{FAST} --micro_tokens 256 --lr 1e-2 --max_steps 50 --checkpoint_every 10 --eval_every 50 --pppl_tokens 256"
+
+
+@pytest.fixture(scope="module")
+def stem(corpus_dir, tmp_path_factory):
+    """A finished run: warm-up, 40 steps, cool-down to step 50; muon; 30 to 15 % masking."""
+    out = tmp_path_factory.mktemp("stem")
+    run(corpus_dir, out, STEM, preset="nano-tiny")
+    return out / "nano-tiny"
+
+
+CURVE = f"{FAST} --micro_tokens 128 --max_steps 50 --masking linear:0.1:0.4 --eval_every 25 --checkpoint_every 25"
+# muon works in bfloat16, where a difference of 1e-7 may become 1e-3: at a higher lr the curves part by 4e-5 in 50 steps
+OPTIMIZER = {"mosaic-tiny": "--optimizer adamw --lr 1e-2", "bert-tiny": "--optimizer muon --lr 2e-3"}
+
+
+@pytest.fixture(scope="module")
+def curve(corpus_dir, tmp_path_factory):
+    """preset, processes -> folder of a run of 50 steps: four micro-batches a step, with other numbers of masks each."""
+
+    @functools.cache
+    def folder(preset: str, procs: int) -> Path:
+        out = tmp_path_factory.mktemp(f"{preset}-{procs}")
+        run(corpus_dir, out, f"{CURVE} {OPTIMIZER[preset]}", preset=preset, procs=procs)
+        return out / preset
+
+    return folder
 
 
 # ----------------------------------------------------------------------------- schedules
@@ -94,27 +312,53 @@ def test_learning_rate_schedules():
 def test_paper_recipes():
     presets = pretrain.make_presets()
     for name, (_, cfg) in presets.items():
-        assert name.split("-")[1] in ("tiny", "small") or cfg.batch_tokens == 4_096 * 128
-        assert cfg.masking == ("constant:0.3" if name.startswith("mosaic") else "constant:0.15")
+        family, size = name.split("-")
+        assert size in ("tiny", "small") or cfg.batch_tokens == 4_096 * 128
+        assert cfg.masking == {"mosaic": "constant:0.3", "bert": "constant:0.15", "nano": "linear:0.3:0.15"}[family]
     base, large = presets["mosaic-base"][1], presets["mosaic-large"][1]
     assert (base.lr, base.betas, base.eps, base.warmup, base.final_lr) == (5e-4, (0.9, 0.98), 1e-6, 0.06, 0.02)
-    for cfg in (base, large):  # torch's decay is lr × wd; the paper's is 1e-5 whatever the learning rate
+    assert {c.optimizer for n, (_, c) in presets.items() if n.endswith(("base", "large"))} == {"adamw", "muon"}
+    for cfg in (base, large, presets["bert-base"][1], presets["bert-large"][1]):
+        assert (cfg.optimizer, cfg.schedule) == ("adamw", "linear")
+        # torch's decay is lr × wd; the paper's is 1e-5 whatever the learning rate
         assert cfg.lr * cfg.weight_decay == pytest.approx(1e-5)
     assert presets["bert-base"][1].model.attention_dropout == 0.1
     assert base.model.attention_dropout == 0.0
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base", "large"])
+def test_nano_presets_are_mosaicberts_shape_with_our_recipe(size):
+    nano, mosaic = (pretrain.make_presets()[f"{family}-{size}"][1] for family in ("nano", "mosaic"))
+    assert (nano.optimizer, nano.schedule, nano.masking) == ("muon", "wsd", "linear:0.3:0.15")
+    assert nano == replace(mosaic, optimizer="muon", schedule="wsd", masking="linear:0.3:0.15")
+
+
+def test_the_batch_ramp_grows_in_equal_steps_up_to_batch_tokens():
+    cfg = TrainConfig(batch_tokens=4_096, micro_tokens=512, ramp_from=512, ramp_tokens=100_000)
+    sizes = [batch_at(cfg, tokens) for tokens in range(0, 200_000, 50)]
+    assert sizes == sorted(sizes) and set(sizes) == set(range(512, 4_097, 512))
+    assert batch_at(cfg, 99_999) < batch_at(cfg, 100_000) == 4_096
+    for size in range(512, 4_096, 512):  # as long at every size
+        assert sizes.count(size) == pytest.approx(100_000 / 7 / 50, abs=1)
+    assert {batch_at(TrainConfig(), tokens) for tokens in (0, 10**12)} == {524_288}
 
 
 # ----------------------------------------------------------------------------- a run
 
 
 def test_a_run_learns_logs_and_leaves_checkpoints_others_can_read(corpus_dir, tmp_path):
-    out = run(corpus_dir, tmp_path, f"{FAST} --max_steps 60 --lr 1e-2 --log_every 10 --checkpoint_every 0.5")
+    """From the shell, as a user does it."""
+    argv = command(corpus_dir, tmp_path, f"{FAST} --max_steps 60 --lr 1e-2 --log_every 10 --checkpoint_every 0.5")
+    shell = dict(cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, *argv], **shell)
+    assert done.returncode == 0, done.stderr
     folder = tmp_path / "mosaic-tiny"
-    assert "attention: reference" in out and "1 × cpu" in out
+    assert "attention: reference" in done.stdout and "1 × cpu" in done.stdout
     train, evals = records(folder, "train"), records(folder, "eval")
     assert sorted(train) == list(range(10, 61, 10)) and len(evals) == 20
     assert train[60]["loss"] < train[10]["loss"] - 0.3
     assert evals[60]["loss"] < evals[3]["loss"] - 0.3
+    assert evals[60]["pseudo_perplexity"] < evals[3]["pseudo_perplexity"]
     assert train[60]["tokens"] == 60 * 512 and train[60]["masking"] == 0.3
     assert train[60]["mfu"] is None and train[60]["dollars"] == 0
     assert train[60]["gpu_seconds"] == train[60]["train_seconds"] > train[10]["train_seconds"] > 0
@@ -161,53 +405,134 @@ def test_a_time_budget_is_kept_and_the_schedule_follows_the_clock(corpus_dir, tm
 # ----------------------------------------------------------------------------- one global batch
 
 
-@pytest.mark.parametrize("preset", ["mosaic-tiny", "bert-tiny"])
-def test_the_loss_curve_does_not_depend_on_processes_or_accumulation(corpus_dir, tmp_path, preset):
-    """Dropout on, rising masking rate, micro-batches with different numbers of masked tokens."""
-    args = f"{FAST} --micro_tokens 128 --max_steps 20 --lr 1e-2 --masking linear:0.1:0.4 --eval_every 10"
-    curves = {}
-    for procs in (1, 2, 4) if preset == "mosaic-tiny" else (1, 2):
-        run(corpus_dir, tmp_path / str(procs), args, preset=preset, procs=procs)
-        curves[procs] = losses(tmp_path / str(procs) / preset)
-        assert len(curves[procs]) == 20
-        torch.testing.assert_close(curves[procs], curves[1], atol=1.1e-5, rtol=0)  # the log keeps five digits
-        a, b = (records(tmp_path / str(n) / preset, "eval")[20]["loss"] for n in (1, procs))
-        assert a == pytest.approx(b, abs=1.1e-5)
+@pytest.mark.parametrize(("preset", "procs"), [("mosaic-tiny", 2), ("mosaic-tiny", 4), ("bert-tiny", 2)])
+def test_the_loss_curve_does_not_depend_on_processes_or_accumulation(curve, preset, procs):
+    """Dropout on, rising masking rate, micro-batches with different numbers of masked tokens; evaluation too."""
+    one, several = curve(preset, 1), curve(preset, procs)
+    assert len(losses(one)) == 50
+    torch.testing.assert_close(losses(several), losses(one), atol=1.1e-5, rtol=0)  # the log keeps five digits
+    for step in (25, 50):
+        a, b = records(one, "eval")[step], records(several, "eval")[step]
+        assert a["loss"] == pytest.approx(b["loss"], abs=1.1e-5)
+        assert a["pseudo_perplexity"] == pytest.approx(b["pseudo_perplexity"], rel=1e-5)
+
+
+def torchrun(script: str | Path, argv: list[str], *options: str) -> subprocess.Popen:
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", "torch.distributed.run", *options, str(script), *argv[1:]]
+    return subprocess.Popen(line, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_two_nodes_that_meet_through_torchrun_have_the_loss_curve_of_one_process(curve, corpus_dir, tmp_path):
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    meet = f"--nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_id test --rdzv_endpoint localhost:{port}".split()
+    argv = command(corpus_dir, tmp_path, f"{CURVE} {OPTIMIZER['mosaic-tiny']}")
+    agents = [torchrun("pretrain.py", argv, *meet) for _ in range(2)]
+    outputs = [a.communicate(timeout=120)[0] for a in agents]
+    assert [a.returncode for a in agents] == [0, 0], outputs
+    torch.testing.assert_close(losses(tmp_path / "mosaic-tiny"), losses(curve("mosaic-tiny", 1)), atol=1.1e-5, rtol=0)
+    assert settings(tmp_path / "mosaic-tiny") | {"out": ""} == settings(curve("mosaic-tiny", 1)) | {"out": ""}
+
+
+def test_a_rank_that_is_killed_ends_the_job_and_torchrun_says_why(corpus_dir, tmp_path):
+    script = tmp_path / "with_a_fault.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "import pretrain, test_pretrain\n"
+        "test_pretrain.spoil_forward(range(30, 31), test_pretrain.signal.SIGKILL, rank=1)\npretrain.main()\n"
+    )
+    argv = command(corpus_dir, tmp_path, f"{CURVE} --checkpoint_every 5")
+    began = time.monotonic()
+    process = torchrun(script, argv, "--standalone", "--nproc_per_node", "2")
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode != 0 and time.monotonic() - began < 60
+    assert "SIGKILL" in output and "rank      : 1" in output
+    kept = pretrain.find_checkpoints(tmp_path / "mosaic-tiny")
+    assert [p.name for p in kept] == ["step_00000005", "step_00000010"]
+
+
+def test_gradients_added_up_in_bfloat16_give_nearly_the_same_losses(curve, corpus_dir, tmp_path):
+    run(corpus_dir, tmp_path, f"{CURVE} {OPTIMIZER['mosaic-tiny']} --grad_reduce bfloat16", procs=2)
+    a, b = losses(curve("mosaic-tiny", 2)), losses(tmp_path / "mosaic-tiny")
+    assert not torch.equal(a, b)
+    torch.testing.assert_close(b, a, atol=0, rtol=1e-2)
+
+
+# ----------------------------------------------------------------------------- the batch ramp
+
+RAMP = f"{FAST} --micro_tokens 128 --batch_tokens 1024 --ramp_from 256 --ramp_tokens 6000 --max_steps 16 --lr 1e-2"
+
+
+def test_a_ramped_run_is_the_same_on_two_processes_and_resumes_in_the_middle_of_the_ramp(corpus_dir, tmp_path):
+    args = f"{RAMP} --checkpoint_every 4 --eval_every 16"
+    run(corpus_dir, tmp_path / "one", args)
+    run(corpus_dir, tmp_path / "two", args, procs=2)
+    run(corpus_dir, tmp_path / "killed", args, fault=functools.partial(signal_at, "rename", 3), code=-9)
+    assert "continuing at step 8" in run(corpus_dir, tmp_path / "killed", args)
+    one, two, killed = (tmp_path / name / "mosaic-tiny" for name in ("one", "two", "killed"))
+    train = records(one, "train")
+    sizes = [train[s]["batch_tokens"] for s in sorted(train)]
+    assert sizes == sorted(sizes) and set(sizes) == {256, 512, 768, 1_024} and sizes[8] < 1_024
+    assert [train[s]["tokens"] for s in sorted(train)] == torch.tensor(sizes).cumsum(0).tolist()
+    torch.testing.assert_close(losses(two), losses(one), atol=1.1e-5, rtol=0)
+    assert_same_checkpoint(*(f / "ckpt/step_00000016" for f in (one, killed)))
+    assert torch.equal(losses(one), losses(killed))
 
 
 # ----------------------------------------------------------------------------- nothing lost
 
 
 def test_resume_is_bit_exact_after_sigkill(corpus_dir, tmp_path):
-    """Killed during steps, evaluation and checkpoint writes; weights and optimizer equal to the last bit."""
-    args = f"{FAST} --max_steps 240 --lr 1e-2 --checkpoint_every 20"
+    """Killed in the middle of a step, of the optimizer's state on disk, of an fsync and before the rename."""
+    args = f"{FAST} --max_steps 40 --lr 1e-2 --checkpoint_every 5 --eval_every 10 --optimizer muon"
     run(corpus_dir, tmp_path / "whole", args)
-    kills = 0
-    for delay in (0.05, 0.1, 0.0, 0.02, 0.15):  # after the first checkpoint of each life
-        process = start(corpus_dir, tmp_path / "killed", args)
-        for line in process.stdout:
-            if "saved" in line:
-                break
-        time.sleep(delay)
-        process.kill()
-        process.communicate()
-        kills += process.returncode == -signal.SIGKILL
+    deaths = [
+        functools.partial(die_in_torch_save, 2),
+        functools.partial(signal_at, "fsync", 9),
+        functools.partial(spoil_forward, range(8, 9), signal.SIGKILL),
+        functools.partial(signal_at, "rename", 3),
+    ]
+    said = [run(corpus_dir, tmp_path / "killed", args, fault=fault, code=-9) for fault in deaths]
+    last = run(corpus_dir, tmp_path / "killed", args)
+    begins = ["continuing at step" not in said[0], *(f"at step {n}" in s for n, s in zip((5, 5, 10), said[1:]))]
+    assert all(begins) and "continuing at step 20" in last, said
+    whole, killed = (tmp_path / name / "mosaic-tiny" / "ckpt" / "step_00000040" for name in ("whole", "killed"))
+    assert_same_checkpoint(whole, killed)
+    assert torch.equal(losses(whole.parents[1]), losses(killed.parents[1]))
+    assert not list(killed.parent.glob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_resume_is_bit_exact_after_twenty_kills_at_random_moments(corpus_dir, tmp_path):
+    args = f"{FAST} --max_steps 400 --lr 1e-2 --checkpoint_every 2 --eval_every 10 --optimizer muon"
+    run(corpus_dir, tmp_path / "whole", args)
+    moments, kills, steps = random.Random(0), 0, []
+    while kills < 20:
+        life = start(corpus_dir, tmp_path / "killed", args)
+        life.wait_for("saved")
+        time.sleep(moments.uniform(0.0, 0.1))  # steps, evaluation, the next checkpoints
+        life.send(signal.SIGKILL)
+        codes, output = life.end()
+        assert codes == [-signal.SIGKILL], f"the run must be long enough to be killed 20 times: {output}"
+        kills += 1
+        steps.append(int(pretrain.find_checkpoints(tmp_path / "killed/mosaic-tiny")[-1].name[5:]))
+    print(f"killed after the checkpoints of steps {steps}")
     run(corpus_dir, tmp_path / "killed", args)
-    assert kills >= 3, "the run must be long enough to be killed"
-    whole, killed = (tmp_path / name / "mosaic-tiny" / "ckpt" / "step_00000240" for name in ("whole", "killed"))
+    whole, killed = (tmp_path / name / "mosaic-tiny/ckpt/step_00000400" for name in ("whole", "killed"))
     assert_same_checkpoint(whole, killed)
     assert torch.equal(losses(whole.parents[1]), losses(killed.parents[1]))
 
 
-def test_sigterm_saves_exits_0_and_the_same_command_continues(corpus_dir, tmp_path):
-    args = f"{FAST} --max_steps 400 --checkpoint_every 1000"
-    process = start(corpus_dir, tmp_path, args)
-    for line in process.stdout:
-        if "validation" in line:
-            break
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and "the same command continues" in output
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_sigterm_saves_exits_0_and_the_same_command_continues(corpus_dir, tmp_path, signum):
+    args = f"{FAST} --max_steps 400 --checkpoint_every {NEVER}"
+    life = start(corpus_dir, tmp_path, args)
+    life.wait_for("validation")
+    life.send(signum)
+    codes, output = life.end()
+    assert codes == [0] and output.count("the same command continues") == 1
     (checkpoint,) = pretrain.find_checkpoints(tmp_path / "mosaic-tiny")
     step = json.loads((checkpoint / "progress.json").read_text())["step"]
     assert 0 < step < 400
@@ -215,18 +540,20 @@ def test_sigterm_saves_exits_0_and_the_same_command_continues(corpus_dir, tmp_pa
 
 
 def test_a_run_goes_on_with_another_number_of_processes(corpus_dir, tmp_path):
+    """Its curve stays the same and its cost adds up."""
     args = f"{FAST} --micro_tokens 256 --lr 1e-2 --max_steps 24 --checkpoint_every 8"
     run(corpus_dir, tmp_path / "one", args)
-    process = start(corpus_dir, tmp_path / "two", args, procs=2)
-    for line in process.stdout:
-        if "step_00000008" in line:
-            break
-    process.terminate()
-    process.communicate(timeout=60)
-    run(corpus_dir, tmp_path / "two", args)
-    torch.testing.assert_close(
-        losses(tmp_path / "two/mosaic-tiny"), losses(tmp_path / "one/mosaic-tiny"), atol=2e-5, rtol=0
+    folder = tmp_path / "two/mosaic-tiny"
+    run(
+        corpus_dir, tmp_path / "two", args, procs=2, fault=functools.partial(spoil_forward, range(8, 9), signal.SIGTERM)
     )
+    first = json.loads((pretrain.find_checkpoints(folder)[-1] / "progress.json").read_text())
+    assert first["step"] == 8 and first["gpu_seconds"] == pytest.approx(2 * first["train_seconds"], abs=0.01)
+    run(corpus_dir, tmp_path / "two", args)
+    torch.testing.assert_close(losses(folder), losses(tmp_path / "one/mosaic-tiny"), atol=2e-5, rtol=0)
+    last = json.loads((folder / "ckpt/step_00000024/progress.json").read_text())
+    alone = last["train_seconds"] - first["train_seconds"]
+    assert last["gpu_seconds"] == pytest.approx(first["gpu_seconds"] + alone, abs=0.01) and last["dollars"] == 0
 
 
 @pytest.mark.parametrize("room", [1_000, 150_000])
@@ -234,8 +561,8 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(corpus_dir, tmp_path, room):
     """The weights do not fit, or they do and the trainer's state does not: one line, nothing half-written."""
     resource = pytest.importorskip("resource")
     model = MaskedLM(EncoderConfig(vocab_size=800, n_layers=1, n_heads=2, d_model=32, d_ff=64))
-    trainer = {"x": torch.zeros(100_000)}
-    args = tmp_path, 1, model, Tokenizer.load(corpus_dir), trainer, {"step": 1}
+    state = {"x": torch.zeros(100_000)}
+    args = tmp_path, 1, model, Tokenizer.load(corpus_dir), state, {"step": 1}
     earlier = pretrain.save_checkpoint(*args)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
@@ -252,7 +579,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(corpus_dir, tmp_path, room):
 def test_an_exploding_loss_stops_the_run_and_no_bad_checkpoint_is_kept(corpus_dir, tmp_path, log_every):
     args = f"{FAST} --max_steps 50 --lr 1e30 --warmup 0.5 --checkpoint_every 1 --eval_every 50 --log_every {log_every}"
     output = run(corpus_dir, tmp_path, args, code=1)
-    assert "Traceback" not in output and ("error: the loss is" in output or "error: the weights are not" in output)
+    assert "Traceback" not in output and ("error: the loss " in output or "error: the weights are not" in output)
     kept = pretrain.find_checkpoints(tmp_path / "mosaic-tiny")
     assert str(kept[-1]) in output if kept else "last good checkpoint: none" in output
     for checkpoint in kept:
@@ -269,21 +596,556 @@ def test_a_run_that_never_saved_may_start_again_with_other_settings(corpus_dir, 
     assert [p.name for p in (folder / "ckpt").iterdir()] and not list(folder.glob("ckpt/*.tmp"))
 
 
-def test_cost_adds_up_over_lives_with_other_numbers_of_processes(corpus_dir, tmp_path):
-    args = f"{FAST} --micro_tokens 256 --max_steps 60 --checkpoint_every 10"
-    process = start(corpus_dir, tmp_path, args, procs=2)
-    for line in process.stdout:
-        if "step_00000010" in line:
-            break
-    process.terminate()
-    process.communicate(timeout=60)
-    checkpoint = pretrain.find_checkpoints(tmp_path / "mosaic-tiny")[-1]
-    first = json.loads((checkpoint / "progress.json").read_text())
-    assert first["gpu_seconds"] == pytest.approx(2 * first["train_seconds"], abs=0.01)
-    run(corpus_dir, tmp_path, args)
-    last = json.loads((tmp_path / "mosaic-tiny/ckpt/step_00000060/progress.json").read_text())
-    alone = last["train_seconds"] - first["train_seconds"]
-    assert last["gpu_seconds"] == pytest.approx(first["gpu_seconds"] + alone, abs=0.01) and last["dollars"] == 0
+# ----------------------------------------------------------------------------- losses that are not finite
+
+NAN = f"{FAST} --max_steps 30 --lr 1e-2 --eval_every 30"
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_skip_nan_leaves_out_exactly_the_step_that_is_not_finite(corpus_dir, tmp_path, what):
+    fault = functools.partial(spoil_forward, range(6, 7), what)
+    output = run(corpus_dir, tmp_path, f"{NAN} --checkpoint_every 1 --skip_nan", fault=fault)
+    folder = tmp_path / "mosaic-tiny"
+    assert output.count("skipped") == 1 and f"step 6: skipped, the {what}" in output
+    assert ("rank 0" in output) == (what == "loss")
+    before, at, after = (weights(folder, s) for s in (5, 6, 7))
+    assert all(torch.equal(before[k], at[k]) for k in before) and any(not torch.equal(at[k], after[k]) for k in at)
+    states = [torch.utils._pytree.tree_leaves(trainer(folder, s)["optimizers"][0]["state"]) for s in (5, 6)]
+    assert all(torch.equal(a, b) for a, b in zip(*states))
+    train = records(folder, "train")
+    assert [train[s]["skipped_steps"] for s in (5, 6, 7, 30)] == [0, 1, 1, 1]
+    assert train[6]["tokens"] == 6 * 512 and max(train) == 30 and train[30]["loss"] < train[1]["loss"] - 0.3
+
+
+def test_twenty_skipped_steps_in_a_row_stop_the_run(corpus_dir, tmp_path):
+    fault = functools.partial(spoil_forward, range(6, NEVER))
+    output = run(corpus_dir, tmp_path, f"{NAN} --checkpoint_every 4 --skip_nan", fault=fault, code=1)
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("error: 20 steps in a row were skipped, until step 25") and "step_00000024" in last
+    for checkpoint in pretrain.find_checkpoints(tmp_path / "mosaic-tiny"):
+        assert all(w.isfinite().all() for w in load_file(checkpoint / "model.safetensors").values())
+
+
+@pytest.mark.parametrize("log_every", [1, 5])
+def test_without_skip_nan_the_run_stops_and_names_step_and_rank(corpus_dir, tmp_path, log_every):
+    fault = functools.partial(spoil_forward, range(15, 16), rank=1)
+    args = f"{NAN} --micro_tokens 256 --checkpoint_every 2 --log_every {log_every}"
+    output = run(corpus_dir, tmp_path, args, procs=2, fault=fault, code=1)
+    (last,) = (line for line in output.splitlines() if line.startswith("error"))
+    assert "the loss is nan in step" in last and "(rank 1)" in last and "step_00000014" in last
+    assert ("in step 15 " if log_every == 1 else "in steps 11 to 15 ") in last
+    kept = pretrain.find_checkpoints(tmp_path / "mosaic-tiny")
+    assert kept[-1].name == "step_00000014" and "Traceback" not in output
+    assert all(w.isfinite().all() for w in load_file(kept[-1] / "model.safetensors").values())
+
+
+def test_skip_nan_on_two_processes_skips_on_both_and_names_the_rank(corpus_dir, tmp_path):
+    fault = functools.partial(spoil_forward, range(6, 7), rank=1)
+    args = f"{NAN} --micro_tokens 256 --checkpoint_every 1 --skip_nan"
+    output = run(corpus_dir, tmp_path, args, procs=2, fault=fault)
+    assert "step 6: skipped, the loss of rank 1 is not finite" in output
+    before, at = (weights(tmp_path / "mosaic-tiny", s) for s in (5, 6))
+    assert all(torch.equal(before[k], at[k]) for k in before)
+
+
+# ----------------------------------------------------------------------------- cool-down branches
+
+
+def branch(stem: Path, step: int, *args: str) -> list[str]:
+    return ["pretrain.py", "nano-tiny", "--cooldown_from", str(stem / f"ckpt/step_{step:08d}"), *args]
+
+
+def test_a_branch_where_the_cooldown_begins_ends_with_the_weights_of_the_run_itself(stem, here):
+    """Masking from 30 to 15 % too. Every setting comes from the stem, and cost and tokens count on from it."""
+    said = here(branch(stem, 40))
+    folder = stem.with_name("nano-tiny-cooldown-40")
+    assert "annealing" in said and "step_00000040" in said
+    ours, theirs = weights(folder, 50), weights(stem, 50)
+    assert any(not torch.equal(theirs[k], w) for k, w in weights(stem, 40).items())
+    for k in theirs:
+        torch.testing.assert_close(ours[k], theirs[k], atol=1e-6, rtol=0)
+    a, b = records(folder, "train"), records(stem, "train")
+    assert min(a) == 41 and max(a) == 50
+    for step in a:
+        for k in ("tokens", "loss", "lr", "masking", "batch_tokens"):
+            assert a[step][k] == pytest.approx(b[step][k], abs=1e-4), (step, k)
+    own = {"name", "cooldown_from"}
+    assert {k for k, v in settings(folder).items() if v != settings(stem)[k]} == own
+    paid, progress = (
+        json.loads((f / f"ckpt/step_{s:08d}/progress.json").read_text()) for f, s in ((stem, 40), (folder, 50))
+    )
+    assert progress["tokens"] == 50 * 512 and progress["finished"]
+    for k in ("gpu_seconds", "train_seconds"):
+        assert progress[k] > a[41][k] > paid[k] > 0
+    assert "is finished" in here(branch(stem, 40))
+
+
+def test_a_killed_branch_continues_to_the_same_bits(stem, tmp_path):
+    args = "--checkpoint_every 2", "--eval_every", "10"
+    faults = {
+        "whole": [],
+        "killed": [
+            (functools.partial(signal_at, "rename", 2), -9),
+            (functools.partial(spoil_forward, range(8, 9), signal.SIGKILL), -9),
+        ],
+        "stopped": [(functools.partial(spoil_forward, range(6, 7), signal.SIGTERM), 0)],
+    }
+    for name, lives in faults.items():
+        argv = branch(stem, 40, "--out", str(tmp_path), "--name", name, *" ".join(args).split())
+        for fault, code in [*lives, (None, 0)]:
+            codes, output = Life(argv, tmp_path / f"{time.time_ns()}.txt", 1, fault).end()
+            assert codes == [code], output
+        assert ("continuing at step" in output) == bool(lives)
+        assert_same_checkpoint(tmp_path / name / "ckpt/step_00000050", tmp_path / "whole/ckpt/step_00000050")
+    assert torch.equal(losses(tmp_path / "whole"), losses(tmp_path / "killed"))
+
+
+def test_a_branch_may_differ_in_any_other_setting(stem, other_corpus, tmp_path, here):
+    here(
+        branch(
+            stem, 40, "--data", str(other_corpus), "--cooldown", "0.5", "--out", str(tmp_path), "--eval_tokens", "256"
+        )
+    )
+    folder = tmp_path / "nano-tiny-cooldown-40"
+    ours, theirs = settings(folder), settings(stem)
+    assert {k for k, v in ours.items() if v != theirs[k]} == {
+        "name", "cooldown_from", "data", "corpus", "cooldown", "out", "eval_tokens"
+    }  # fmt: skip
+    train = records(folder, "train")
+    assert max(train) == 80, "half of the new whole"
+    assert train[41]["loss"] != records(stem, "train")[41]["loss"]
+
+
+def test_a_branch_of_a_run_with_a_time_budget(corpus_dir, tmp_path, here):
+    args = f"{FAST} --max_minutes 0.03 --checkpoint_every 0.5 --eval_every 0.5"
+    here(command(corpus_dir, tmp_path, args, preset="nano-tiny"))
+    first = pretrain.find_checkpoints(tmp_path / "nano-tiny")[0]
+    there = json.loads((first / "progress.json").read_text())
+    here(branch(tmp_path / "nano-tiny", there["step"]))
+    last = pretrain.find_checkpoints(tmp_path / f"nano-tiny-cooldown-{there['step']}")[-1]
+    progress = json.loads((last / "progress.json").read_text())
+    assert progress["finished"] and progress["tokens"] == pytest.approx(there["tokens"] / 0.8, abs=512)
+    train = records(last.parents[1], "train")
+    lr = [train[s]["lr"] for s in sorted(train)]
+    length = round(there["tokens"] * 0.2 / 0.8)
+    assert lr == pytest.approx([2e-3 * (1 - 0.98 * i * 512 / length) for i in range(len(lr))])
+    assert train[max(train)]["masking"] <= train[min(train)]["masking"] < 0.23, "the stem's other half, in what is left"
+
+
+def test_a_branch_of_a_branch_goes_on_from_its_learning_rate(stem, tmp_path, here):
+    here(branch(stem, 20, "--cooldown", "0.5", "--checkpoint_every", "0.5", "--out", str(tmp_path), "--name", "first"))
+    first = records(tmp_path / "first", "train")
+    here(branch(tmp_path / "first", 30, "--cooldown", "0.1", "--name", "second"))
+    second = records(tmp_path / "second", "train")
+    assert first[31]["lr"] == pytest.approx(second[31]["lr"], rel=1e-6) and second[32]["lr"] < first[32]["lr"]
+    assert second[31]["masking"] == pytest.approx(first[31]["masking"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("mosaic-tiny --cooldown_from STEM", "is of preset nano-tiny, not mosaic-tiny"),
+        ("nano-tiny --cooldown_from STEM --optimizer adamw", "keeps the --model and the --optimizer"),
+        ("nano-tiny --cooldown_from STEM --model.n_layers 2", "keeps the --model and the --optimizer"),
+        ("nano-tiny --cooldown_from no/such/step_00000001", "no/such/step_00000001: no checkpoint"),
+        ("nano-tiny --cooldown-from=no/such/run", "no/such/run: no checkpoint"),
+        ("nano-tiny --cooldown_from", "no checkpoint"),
+        ("nano-tiny --cooldown_from STEM --cooldown 0", "needs a --cooldown above 0"),
+        ("nano-tiny --cooldown_from STEM --start_from elsewhere", "give one of them"),
+        ("nano-tiny --cooldown_from STEM --data FOREIGN", "tokenizer"),
+    ],
+)
+def test_a_branch_that_cannot_be_is_one_line_and_leaves_nothing(stem, foreign_corpus, tmp_path, here, args, message):
+    args = args.replace("STEM", str(stem / "ckpt/step_00000040")).replace("FOREIGN", str(foreign_corpus)).split()
+    with pytest.raises(SystemExit) as e:
+        here(["pretrain.py", args[0], "--out", str(tmp_path / "runs"), *args[1:]])
+    assert message in one_line(e)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_branch_of_a_run_without_readable_settings_is_one_line(stem, tmp_path, here):
+    (tmp_path / "old").mkdir()
+    shutil.copytree(stem / "ckpt/step_00000040", tmp_path / "old/ckpt/step_00000040")
+    (tmp_path / "old/config.json").write_text('{"train": {"lr": 1}}')
+    with pytest.raises(SystemExit) as e:
+        here(branch(tmp_path / "old", 40, "--out", str(tmp_path / "runs")))
+    assert "old/config.json: not the settings of a run" in one_line(e)
+    assert not (tmp_path / "runs").exists()
+
+
+# ----------------------------------------------------------------------------- mixtures
+
+
+def spy_on_batches(monkeypatch, seq_len: int = 32) -> dict[int, torch.Tensor]:
+    """micro-batch -> its documents before masking, of everything a run trains on."""
+    seen, original = {}, pretrain.mask_tokens
+
+    def spy(batch, tokenizer, n, corruption, seed, m, device):
+        if seed:  # evaluation's is 0
+            seen[m] = [tuple(d.tolist()) for d in batch.input_ids.tensor_split(batch.cu_seqlens[1:-1].long())]
+        return original(batch, tokenizer, n, corruption, seed, m, device)
+
+    monkeypatch.setattr(pretrain, "mask_tokens", spy)
+    return seen
+
+
+def windows(corpus_dir: Path, seq_len: int = 32) -> set[tuple]:
+    """Every window of a corpus's training documents, as batches hold it."""
+    tokenizer, n = Tokenizer.load(corpus_dir), seq_len - 2
+    return {
+        (tokenizer.cls_id, *document[i : i + n].tolist(), tokenizer.sep_id)
+        for document in Corpus(corpus_dir)
+        for i in range(0, len(document), n)
+    }
+
+
+MIX = f"{FAST} --micro_tokens 256 --lr 1e-2 --eval_every 1000"
+
+
+@pytest.mark.parametrize("length", ["--max_steps 20", "--max_minutes 0.02"])
+def test_shares_change_in_the_middle_of_a_run(corpus_dir, other_corpus, tmp_path, monkeypatch, here, length):
+    seen = spy_on_batches(monkeypatch)
+    data = ["--data", f"{corpus_dir}:1:0@0.5", "--data", f"{other_corpus}:0:1@0.5"]
+    args = f"{MIX} {length} --checkpoint_every {NEVER}"
+    here(["pretrain.py", "mosaic-tiny", *data, "--out", str(tmp_path), *args.split()])
+    folder = tmp_path / "mosaic-tiny"
+    train = records(folder, "train")
+    changed_at = trainer(folder, max(train))["changed_at"]
+    assert changed_at % 2 == 0
+    if "steps" in length:
+        assert changed_at == 22, "half is over when step 11 begins, whose batches are on their way already"
+    else:
+        step = changed_at // 2  # the one in which it was noticed
+        assert train[step - 1]["train_seconds"] >= 0.6 > train[step - 2]["train_seconds"]
+    first, second = windows(corpus_dir), windows(other_corpus)
+    assert len(seen) == 2 * max(train)
+    for m, documents in seen.items():
+        expected, other = (first, second) if m < changed_at else (second, first)
+        whole = [d for d in documents[:-1] if not (d in first and d in second)]  # the last one of each is cut
+        assert whole and set(whole) <= expected and not set(whole) & other
+
+
+def test_resume_before_and_after_a_change_of_shares_is_bit_exact(corpus_dir, other_corpus, tmp_path):
+    data = ["--data", f"{corpus_dir}:0.8:0.1@0.5", "--data", f"{other_corpus}:0.2:0.9@0.5"]
+    args = f"{MIX} --max_steps 20 --checkpoint_every 4".split()
+    deaths = [functools.partial(signal_at, "rename", 3), functools.partial(signal_at, "rename", 3), None]
+    for name, faults in (("whole", [None]), ("killed", deaths)):  # killed with steps 8 and 16 as the newest checkpoints
+        for fault in faults:
+            argv = ["pretrain.py", "mosaic-tiny", *data, "--out", str(tmp_path), "--name", name, *args]
+            codes, output = Life(argv, tmp_path / f"{time.time_ns()}.txt", 1, fault).end()
+            assert codes == [-9 if fault else 0], output
+    assert "continuing at step 16" in output
+    assert_same_checkpoint(*(tmp_path / name / "ckpt/step_00000020" for name in ("whole", "killed")))
+    assert [trainer(tmp_path / "killed", s)["changed_at"] for s in (8, 12)] == [None, 22]
+
+
+def test_a_run_with_other_shares_is_another_run(corpus_dir, other_corpus, tmp_path, here):
+    def go(a, b):
+        data = ["--data", f"{corpus_dir}:{a}", "--data", f"{other_corpus}:{b}"]
+        args = f"{MIX} --max_steps 2 --out {tmp_path}".split()
+        return here(["pretrain.py", "mosaic-tiny", *data, *args])
+
+    go(0.5, 0.5)
+    assert "is finished" in go(0.5, 0.5)
+    with pytest.raises(SystemExit) as e:
+        go(0.6, 0.4)
+    assert "other settings" in one_line(e) and "mixture" in one_line(e)
+
+
+def test_a_branch_of_a_mixture_after_its_change_may_have_data_of_its_own(
+    corpus_dir, other_corpus, tmp_path, monkeypatch, here
+):
+    """The stem's change of shares is not the branch's."""
+    data = ["--data", f"{corpus_dir}:0.8:0.1@0.4", "--data", f"{other_corpus}:0.2:0.9@0.4"]
+    argv = ["pretrain.py", "nano-tiny", *data, "--out", str(tmp_path), *f"{MIX} --max_steps 20".split()]
+    here([*argv, "--checkpoint_every", "10"])
+    assert trainer(tmp_path / "nano-tiny", 10)["changed_at"]
+    here(branch(tmp_path / "nano-tiny", 10, "--name", "same"))
+    assert trainer(tmp_path / "same", 13)["changed_at"] == trainer(tmp_path / "nano-tiny", 10)["changed_at"]
+    seen = spy_on_batches(monkeypatch)
+    here(branch(tmp_path / "nano-tiny", 10, "--data", str(other_corpus), "--name", "alone"))
+    text = windows(other_corpus)
+    assert seen and all(set(documents[:-1]) <= text for documents in seen.values())
+    again = ["--data", f"{corpus_dir}:1:0@0.7", "--data", f"{other_corpus}:0:1@0.7"]
+    here(branch(tmp_path / "nano-tiny", 10, *again, "--name", "again"))
+    assert trainer(tmp_path / "again", 13)["changed_at"] > 20 > trainer(tmp_path / "nano-tiny", 10)["changed_at"]
+
+
+def test_corpora_with_different_tokenizers_are_refused(corpus_dir, foreign_corpus, tmp_path, here):
+    argv = ["pretrain.py", "mosaic-tiny", "--data", str(corpus_dir), "--data", str(foreign_corpus)]
+    with pytest.raises(SystemExit) as e:
+        here([*argv, "--out", str(tmp_path / "runs")])
+    assert "different tokenizers" in one_line(e) and str(foreign_corpus) in one_line(e)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        ("a:0.7", "b"),
+        ("a:0", "b:0"),
+        ("a:1:0@0.5", "b:1:0@0.5"),
+        ("a:0.7:0.3@0.5", "b:0.3:0.7@0.6"),
+        ("a:0.7:0.3@1.5", "b:0.3:0.7@1.5"),
+        ("a:0.0001", "b:1"),  # would be drawn once in ten blocks, so never
+        ("a:1:0.0001@0.5", "b:1"),
+        ("a:0", "b:1"),
+    ],
+)
+def test_shares_that_cannot_be_read_or_would_never_be_drawn_are_one_line(data):
+    with pytest.raises(SystemExit) as e:
+        recipes.read_mixture(data)
+    assert "--data" in one_line(e)
+
+
+def test_shares_are_read_as_written():
+    def read(*data):
+        m = recipes.read_mixture(data)
+        return m.folders, m.shares, m.later, m.change
+
+    assert read() == (["data/c4"], None, None, 2.0)
+    assert read("a", "b/c:d") == (["a", "b/c:d"], None, None, 2.0)
+    assert read("a:0.7", "b:.3") == (["a", "b"], [0.7, 0.3], None, 2.0)
+    assert read("a:0.7:0.2@0.8", "b:0.3:0.8@0.8") == (["a", "b"], [0.7, 0.3], [0.2, 0.8], 0.8)
+    assert read("a:7", "b:3:7@0.8") == (["a", "b"], [7.0, 3.0], [7.0, 7.0], 0.8)
+    assert read("a:1:0@0.8", "b:0:1@0.8") == (["a", "b"], [1.0, 0.0], [0.0, 1.0], 0.8), "one after the other"
+
+
+# ----------------------------------------------------------------------------- evaluation
+
+
+def padded(documents: list[torch.Tensor], pad_id: int) -> dict[str, torch.Tensor]:
+    ids = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True, padding_value=pad_id)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(d) for d in documents], batch_first=True)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@torch.no_grad()
+def test_pseudo_perplexity_is_that_of_masking_one_token_at_a_time(stem, corpus_dir):
+    """One document at a time, one token of it at a time, through the padded front door of the model."""
+    model, tokenizer = MaskedLM.from_pretrained(stem).eval(), Tokenizer.load(corpus_dir)
+    batch = Batches([Corpus(corpus_dir, "val")], tokenizer, 32, 512, "all", 0)(0)
+    negative = []
+    for document in batch.input_ids.tensor_split(batch.cu_seqlens[1:-1].long()):
+        hidden = [i for i, t in enumerate(document.tolist()) if t not in (tokenizer.cls_id, tokenizer.sep_id)]
+        if hidden:
+            copies = [document.index_fill(0, torch.tensor([i]), tokenizer.mask_id) for i in hidden]
+            p = model(**padded(copies, tokenizer.pad_id)).log_softmax(-1)[range(len(hidden)), hidden, document[hidden]]
+            negative += (-p).tolist()
+    assert len(negative) > 256, "the preset's pppl_tokens"
+    expected = math.exp(sum(negative[:256]) / 256)
+    assert records(stem, "eval")[50]["pseudo_perplexity"] == pytest.approx(expected, rel=1e-5)
+
+
+def padded_eval_loss(call, corpus_dir: Path) -> float:
+    """Loss of `call` (padded ids and mask -> logits) on evaluation's tokens and masks, one document at a time."""
+    tokenizer, total, count = Tokenizer.load(corpus_dir), 0.0, 0
+    batches = Batches([Corpus(corpus_dir, "val")], tokenizer, 32, 512, "all", 0)
+    n = count_masked(batches, 0, 0.15)
+    batch = batches(0)
+    ids, masked_idx, labels = mask_tokens(batch, tokenizer, n, "80/10/10", 0, 0, torch.device("cpu"))
+    for a, b in zip(batch.cu_seqlens.tolist(), batch.cu_seqlens[1:].tolist()):
+        mine = (masked_idx >= a) & (masked_idx < b)
+        logits = call(**padded([ids[a:b]], tokenizer.pad_id))[0, masked_idx[mine] - a]
+        total += torch.nn.functional.cross_entropy(logits.double(), labels[mine], reduction="sum").item()
+        count += int(mine.sum())
+    assert count == n > 50
+    return total / n
+
+
+@torch.no_grad()
+def test_evaluation_is_the_same_whatever_the_training_settings(stem, corpus_dir, tmp_path):
+    """Before a first step has changed the weights. The masks are of 15 %, whatever is trained with; and weights given
+    with --start_from arrive unchanged: their evaluation is that of the run they come from."""
+    expected = records(stem, "eval")[50]
+    loss = padded_eval_loss(MaskedLM.from_pretrained(stem).eval(), corpus_dir)
+    assert expected["loss"] == pytest.approx(loss, abs=2e-5)
+    args = f"{SMALL} --pppl_tokens 256 --start_from {stem}"
+    for i, (other, procs) in enumerate(
+        [
+            ("--seed 1 --masking constant:0.15", 1),
+            ("--masking linear:0.5:0.1 --corruption mask --documents first", 1),
+            ("--micro_tokens 128 --batch_tokens 1024", 2),
+        ]
+    ):
+        run(corpus_dir, tmp_path / str(i), f"{args} --max_steps 2 --eval_every 1 {other}", procs=procs)
+        found = records(tmp_path / str(i) / "mosaic-tiny", "eval")  # step 1 has a learning rate of 0
+        for k, precision in (
+            ("loss", 1.1e-5),
+            ("accuracy", 1.1e-5),
+            ("pseudo_perplexity", 1e-5 * expected["pseudo_perplexity"]),
+        ):
+            assert found[1][k] == pytest.approx(expected[k], abs=precision)
+        assert found[2]["loss"] != found[1]["loss"], "the second step does change them"
+
+
+# ----------------------------------------------------------------------------- weights from elsewhere
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> Path:
+    """A BERT as transformers saves it, with a WordPiece vocabulary: 640 rows for 600 tokens."""
+    import tokenizers
+    from transformers import BertConfig, BertForMaskedLM
+
+    folder = tmp_path_factory.mktemp("bert")
+    wordpiece = tokenizers.BertWordPieceTokenizer(lowercase=True)
+    wordpiece.train_from_iterator(some_documents(400), vocab_size=600, show_progress=False)
+    assert wordpiece.get_vocab_size() == 600
+    wordpiece.save(str(folder / "tokenizer.json"))
+    torch.manual_seed(0)
+    shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    BertForMaskedLM(BertConfig(vocab_size=640, max_position_embeddings=64, **shape)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bert_corpus(bert, tmp_path_factory) -> Path:
+    return prepare(tmp_path_factory.mktemp("wordpiece"), some_documents(300), tokenizer=str(bert / "tokenizer.json"))
+
+
+START = f"{SMALL} --max_steps 8 --lr 1e-2 --checkpoint_every 4 --eval_every 1 --optimizer adamw"
+
+
+def test_pretraining_goes_on_from_a_bert_saved_by_transformers(bert, bert_corpus, tmp_path, here):
+    from transformers import BertForMaskedLM
+
+    args = f"{START} --start_from {bert}"
+    run(bert_corpus, tmp_path / "whole", args, preset="bert-tiny")
+    folder = tmp_path / "whole/bert-tiny"
+    theirs = BertForMaskedLM.from_pretrained(bert).eval()
+    with torch.no_grad():
+        expected = padded_eval_loss(lambda **x: theirs(**x).logits, bert_corpus)
+    found = records(folder, "eval")
+    assert found[1]["loss"] == pytest.approx(expected, abs=2e-5), "the first step has a learning rate of 0"
+    assert found[8]["loss"] < found[1]["loss"]
+    assert (folder / "ckpt/step_00000008/tokenizer.json").read_bytes() == (bert_corpus / "tokenizer.json").read_bytes()
+    run(bert_corpus, tmp_path / "killed", args, "bert-tiny", fault=functools.partial(signal_at, "rename", 2), code=-9)
+    assert "continuing at step 4" in run(bert_corpus, tmp_path / "killed", args, "bert-tiny")
+    assert_same_checkpoint(*(tmp_path / name / "bert-tiny/ckpt/step_00000008" for name in ("whole", "killed")))
+    stem = folder / "ckpt/step_00000004"  # a branch of such a run keeps the shape that was brought
+    here(["pretrain.py", "bert-tiny", "--cooldown_from", str(stem), "--cooldown", "0.5"])
+    last = tmp_path / "whole/bert-tiny-cooldown-4/ckpt/step_00000008"
+    assert load_file(last / "model.safetensors")["encoder.embeddings.word.weight"].shape == (640, 32)
+
+
+@pytest.mark.parametrize(
+    ("weights_of", "data", "more", "message"),
+    [
+        ("stem", "foreign", "", "trained with another tokenizer than"),
+        ("bert", "own", "", "trained with another tokenizer than"),
+        ("stem", "bert", "", "trained with another tokenizer than"),
+        ("stem", "own", "--model.n_layers 1", "leave out the --model flags"),
+        ("no/such/folder/anywhere", "own", "", "no checkpoint here"),
+    ],
+)
+def test_weights_that_do_not_fit_the_data_are_one_line(
+    request, corpus_dir, foreign_corpus, bert_corpus, tmp_path, here, weights_of, data, more, message
+):
+    source = request.getfixturevalue(weights_of) if weights_of in ("stem", "bert") else weights_of
+    folder = {"own": corpus_dir, "foreign": foreign_corpus, "bert": bert_corpus}[data]
+    with pytest.raises(SystemExit) as e:
+        here(command(folder, tmp_path / "runs", f"{START} --start_from {source} {more}"))
+    assert message in one_line(e) and (more or str(source) in one_line(e))
+    assert not (tmp_path / "runs").exists()
+
+
+# ----------------------------------------------------------------------------- Weights & Biases
+
+FAKE_WANDB = """
+import json, pathlib
+class Board:
+    def __init__(self, settings): self.file = open(OUT, "a"); self.write(init=settings)
+    def write(self, **line): self.file.write(json.dumps(line) + "\\n")
+    def log(self, numbers, step): self.write(step=step, numbers=numbers)
+    def finish(self): self.write(finished=True); self.file.close()
+def init(**settings): return Board(settings)
+"""
+
+
+def test_wandb_receives_the_numbers_of_the_log(corpus_dir, tmp_path, monkeypatch, here):
+    (tmp_path / "wandb.py").write_text(FAKE_WANDB.replace("OUT", repr(str(tmp_path / "board.jsonl"))))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    here(command(corpus_dir, tmp_path, f"{FAST} --max_steps 6 --eval_every 3 --checkpoint_every 3 --wandb"))
+    sys.modules.pop("wandb")
+    first, *logged, last = [json.loads(line) for line in (tmp_path / "board.jsonl").read_text().splitlines()]
+    folder = tmp_path / "mosaic-tiny"
+    assert (
+        first["init"]["config"]["train"]["max_steps"] == 6 and first["init"]["resume"] == "allow" and last["finished"]
+    )
+    assert [line["step"] for line in logged] == [1, 2, 3, 3, 4, 5, 6, 6]
+    for line in logged:
+        (kind,) = {k.split("/")[0] for k in line["numbers"]}
+        record = records(folder, kind)[line["step"]]
+        assert {f"{kind}/{k}": v for k, v in record.items() if k not in ("type", "step") and v is not None} == line[
+            "numbers"
+        ]
+
+
+def test_wandb_without_its_package_is_one_line_and_leaves_nothing(corpus_dir, tmp_path, monkeypatch, here):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # what an absent package looks like
+    with pytest.raises(SystemExit) as e:
+        here(command(corpus_dir, tmp_path / "runs", f"{FAST} --max_steps 2 --wandb"))
+    assert "pip install wandb" in one_line(e)
+    assert not (tmp_path / "runs").exists()
+
+
+# ----------------------------------------------------------------------------- no waits for the device
+
+
+class CountWaits(TorchDispatchMode):
+    """Counts the operations for which a GPU's host would wait: a value read, or a shape that depends on values.
+
+    Copies to the host cannot be told from others where all memory is the host's: the test on a GPU sees those.
+    """
+
+    WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2", "bincount")
+
+    def __init__(self):
+        super().__init__()
+        self.waits, self.calls = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        self.waits += func.overloadpacket.__name__ in self.WAITS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recipe", ["--optimizer adamw", "--optimizer muon --masking linear:0.3:0.15 --grad_clip 1"])
+def test_steps_add_no_wait_for_the_device(corpus_dir, tmp_path, here, recipe):
+    """Forward, backward, optimizer and bookkeeping: twice the steps, as many waits (the log, evaluation and saving)."""
+    counts = {}
+    for steps in (6, 12):
+        quiet = f"{FAST} --micro_tokens 256 --log_every {NEVER} --eval_every {NEVER} --checkpoint_every {NEVER}"
+        with CountWaits() as counts[steps]:
+            here(command(corpus_dir, tmp_path / str(steps), f"{quiet} {recipe} --max_steps {steps}"))
+    assert counts[12].calls > counts[6].calls + 6 * 100, "the steps are seen"
+    assert counts[6].waits == counts[12].waits > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("recipe", ["--optimizer adamw", "--optimizer muon --masking linear:0.3:0.15 --grad_clip 1"])
+@pytest.mark.parametrize("compile", ["on", "off"])
+def test_no_step_waits_for_the_gpu(corpus_dir, tmp_path, monkeypatch, here, recipe, compile):
+    """PyTorch raises where the host would wait, from the second step to the last but one."""
+    original = pretrain.learning_rate
+
+    def watched(cfg, done):  # called as a step begins; the first one may compile kernels, the last one is logged
+        torch.cuda.set_sync_debug_mode("error" if 0 < done < 0.95 else "default")
+        return original(cfg, done)
+
+    monkeypatch.setattr(pretrain, "learning_rate", watched)
+    args = (
+        f"{SHAPE} {SMALL}".replace("--device cpu --dtype float32", "--device cuda")
+        + f" --micro_tokens 256 --compile {compile}"
+    )
+    args += f" --max_steps 20 --log_every {NEVER} --eval_every {NEVER} --checkpoint_every {NEVER}"
+    try:
+        here(command(corpus_dir, tmp_path, f"{args} {recipe}"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # ----------------------------------------------------------------------------- bad input: one line each
@@ -302,7 +1164,17 @@ def test_cost_adds_up_over_lives_with_other_numbers_of_processes(corpus_dir, tmp
         ("bert-tiny", "--seq_len 1024", "beyond the 512 learned positions"),
         ("mosaic-tiny", "--device cuda", "sees no CUDA"),
         ("mosaic-tiny", "--data no/such/folder", "no/such/folder"),
+        ("mosaic-tiny", "--data no/such/folder:0.5", "error: no/such/folder holds"),
+        ("mosaic-tiny", "--data=", "holds no meta.json"),
         ("mosaic-tiny", "--model.attention_dropout 0.1", "attention='reference'"),
+        ("mosaic-tiny", "--ramp_from 4096", "needs both --ramp_from and --ramp_tokens"),
+        ("mosaic-tiny", "--ramp_tokens 4096", "needs both --ramp_from and --ramp_tokens"),
+        ("mosaic-tiny", "--ramp_tokens 9 --ramp_from 2048", "--ramp_from 2048 must be a multiple of --micro_tokens"),
+        ("mosaic-tiny", "--ramp_tokens 9 --ramp_from 8192", "divide --batch_tokens 4096"),
+        ("mosaic-tiny", "--cooldown 1.0", "--cooldown 1.0 are shares of one run"),
+        ("mosaic-tiny", "--warmup 0.9 --cooldown 0.2", "are shares of one run"),
+        ("mosaic-tiny", "--eval_every 0", "--eval_every 0"),
+        ("mosaic-tiny", "--pppl_tokens -1", "--pppl_tokens -1"),
     ],
 )
 def test_bad_settings_are_one_line_and_leave_nothing(monkeypatch, capsys, tmp_path, corpus_dir, preset, args, message):
@@ -312,14 +1184,19 @@ def test_bad_settings_are_one_line_and_leave_nothing(monkeypatch, capsys, tmp_pa
     monkeypatch.setattr(sys, "argv", argv if "--data" in args else [*argv, "--data", str(corpus_dir)])
     with pytest.raises(SystemExit) as e:
         pretrain.main()
-    text = str(e.value.code)
-    assert text.startswith("error: ") and message in text and "\n" not in text
+    assert message in one_line(e)
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_corpus_that_disagrees_with_its_meta_is_named(corpus_dir, tmp_path, monkeypatch):
-    import shutil
+def test_a_ramp_that_the_processes_cannot_share_is_refused():
+    cfg = TrainConfig(batch_tokens=4_096, micro_tokens=512, ramp_from=512, ramp_tokens=9)
+    recipes.check_config(cfg, 1)
+    with pytest.raises(SystemExit) as e:
+        recipes.check_config(cfg, 2)
+    assert "× 2 processes" in one_line(e)
 
+
+def test_a_corpus_that_disagrees_with_its_meta_is_named(corpus_dir, tmp_path, monkeypatch):
     broken = shutil.copytree(corpus_dir, tmp_path / "broken")
     shard = next(broken.glob("train_*.bin"))
     shard.write_bytes(shard.read_bytes()[:-2])
