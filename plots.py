@@ -1,12 +1,14 @@
-"""Draws the figures, from the JSON lines in run folders and nothing else.
+"""Draws the figures, from run folders and what is committed in results/, and nothing else.
 
     python plots.py pareto runs/*                   # fine-tuned score against pretraining time, frontier marked
     python plots.py pareto runs/* --task RTE --x tokens --linear
     python plots.py pareto runs/* --published       # with the papers' points, as hollow markers
-    python plots.py pareto runs/* --metric loss     # held-out MLM loss in place of the score
+    python plots.py pareto results/shapes --metric loss      # a sweep's records; held-out loss in place of the score
+    python plots.py ablation results/optimizer      # what each variant of a sweep changes, with confidence intervals
     python plots.py loss runs/*                     # MLM loss against tokens, training and held-out
     python plots.py masking runs/*                  # masking rate, and the held-out loss under it
-    python plots.py throughput runs/*               # tokens per second and MFU against sequence length
+    python plots.py throughput runs/* results/step-*.json    # tokens per second and MFU, ours and peers
+    python plots.py kernels results/kernels-h200.json        # attention against its peers and the roofline
     python plots.py glue runs/* --baseline NAME     # heat map: tasks of the last checkpoints against one run's
 
 Each writes plots/<figure>.png (or --out) and an .svg beside it, whole or not at all, in seconds; 1,000 runs of
@@ -14,14 +16,13 @@ Each writes plots/<figure>.png (or --out) and an .svg beside it, whole or not at
 counted. All settings of a figure: python plots.py <figure> --help
 """
 
-import glob as globbing
+import itertools
 import json
 import math
 import os
-import sys
 import textwrap
-from collections import defaultdict, namedtuple
-from dataclasses import dataclass
+from collections import Counter, defaultdict, namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -33,21 +34,16 @@ import numpy as np
 import tyro
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from records import PUBLISHED, Run, expand, listed, load, note, read_reports, read_sweep
+
 # Okabe & Ito's colour-blind-safe palette without its yellow (pale on white) and its black (the frontier's);
 # markers and dashes say the same again, for readers of a grey print. Unknown families come after the known.
 COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">"]
 DASHES = ["-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (9, 3)), (0, (3, 1, 1, 1, 1, 1))]
-FAMILIES = ["mosaic", "bert"]
+FAMILIES = ["mosaic", "bert", "nano"]
+HATCHES = ["", "////", "....", "xxxx", "----", "++++"]
 GLUE = {"MNLI", "QQP", "QNLI", "SST-2", "CoLA", "STS-B", "MRPC", "RTE"}
-PUBLISHED = Path(__file__).parent / "results" / "published.json"
-BASIC = ["step", "tokens", "loss"]
-LOGGED = [*BASIC, "accuracy", "masking", "tok_per_s", "mfu", "train_seconds", "gpu_seconds", "dollars"]
-NEEDED = {
-    "train": BASIC,
-    "eval": BASIC,
-    "glue": ["step", "score", "majority"],
-}  # a record without these numbers is damaged
 COSTS = {  # --x: name, key in a fine-tuning record, key in log.jsonl, units
     "seconds": ("time", "pretrain_seconds", "train_seconds", {"seconds": 1, "minutes": 60, "hours": 3600}),
     "gpu_hours": ("device-hours", "pretrain_gpu_seconds", "gpu_seconds", {"": 3600}),
@@ -62,94 +58,16 @@ plt.rcParams.update({
     "legend.fontsize": 8, "legend.handlelength": 3.2, "lines.linewidth": 1.6, "svg.hashsalt": "plots",
 })  # fmt: skip
 
-Runs = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(help="run folders: runs/*")]
+Runs = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(help="run folders runs/*, sweeps results/*")]
 Out = Annotated[str, tyro.conf.arg(help="the .png to write; an .svg goes beside it")]
 Cost = Annotated[Literal["seconds", "gpu_hours", "dollars", "tokens"], tyro.conf.arg(help="horizontal axis")]
 # A checkpoint: cost x, mean score y, its standard error err (nan if nothing tells), of how many runs and seeds.
-Point = namedtuple("Point", "series family step x y err n_runs n_seeds")
-
-
-# ---------------------------------------------------------------------------------------------- reading
-@dataclass
-class Run:
-    """A run folder. train, eval: an (n,) float64 array per name in LOGGED, nan where a record lacks it."""
-
-    path: Path
-    family: str
-    preset: str
-    device: str
-    train: dict[str, np.ndarray]
-    eval: dict[str, np.ndarray]
-    glue: list[dict]
-
-
-def read_jsonl(path: Path, stride: float = 1) -> tuple[list[dict], int]:
-    """The records of a .jsonl file, and the number of damaged or half-written lines, which are left out.
-    Parsing is most of the work, so with stride > 1 a training line that looks whole is parsed only if its
-    line number divides by stride (inf: never)."""
-    records, skipped = [], 0
-    with open(path, "rb") as f:
-        for i, line in enumerate(f):
-            if i % stride and b'"train"' in line and line.count(b"{") == 1 and line.endswith(b"}\n"):
-                continue
-            try:
-                record = json.loads(line)
-                whole = all(isinstance(record[k], int | float) for k in NEEDED.get(record["type"], ()))
-            except (ValueError, KeyError, TypeError, RecursionError):
-                whole = False
-            if whole:
-                records.append(record)
-            skipped += not whole and bool(line.strip())
-    return records, skipped
-
-
-def table(records: list[dict], kind: str) -> dict[str, np.ndarray]:
-    """The records of one type as {name: (n,) float64} by increasing step. A resumed run repeats steps: the
-    last record of a step wins."""
-    steps = {r["step"]: r for r in records if r["type"] == kind}
-    rows = [[v if isinstance(v := steps[s].get(k), int | float) else math.nan for k in LOGGED] for s in sorted(steps)]
-    return dict(zip(LOGGED, np.array(rows, float).reshape(-1, len(LOGGED)).T))
-
-
-def load(paths: tuple[str, ...], logs: bool = True) -> list[Run]:
-    """Reads the run folders among paths; patterns are expanded, other things mentioned and left out. logs=False
-    leaves out training records. No run folder: one line and exit 1."""
-    given = [Path(q) for p in paths for q in (sorted(globbing.glob(p)) if globbing.has_magic(p) else [p])]
-    folders = [p for p in dict.fromkeys(given) if (p / "log.jsonl").is_file() or (p / "glue").is_dir()]
-    if others := [p for p in given if p not in set(folders) and p.name != PUBLISHED.name]:
-        note(f"no run folder (no log.jsonl in it), left out: {listed(others)}")
-    if not folders:
-        raise SystemExit(f"error: no run folder in {listed(paths) or 'an empty list'}; give some, e.g. runs/*")
-    # Parses at most ~20,000 training lines of a run and ~500,000 of all: 4 s, and as fine as the eye can see.
-    budget, runs, damaged = min(6e6, 1.5e8 / len(folders)), [], {}
-    for path in folders:
-        log, records, damaged[path] = path / "log.jsonl", [], 0
-        for file in [log, *sorted(path.glob("glue/*.jsonl"))]:
-            if file.is_file():
-                stride = math.inf if not logs else math.ceil(file.stat().st_size / budget)
-                found, skipped = read_jsonl(file, stride if file == log else 1)
-                records += found
-                damaged[path] += skipped
-        headers = [r for r in records if r["type"] == "header"]
-        # A job that was run again (same task, checkpoint and seed) counts once, by its last record.
-        jobs = [{**r, "task": str(r.get("task"))} for r in records if r["type"] == "glue" and math.isfinite(r["score"])]
-        glue = list({(r["task"], str(r.get("checkpoint")), str(r.get("seed"))): r for r in jobs}.values())
-        about = {**(glue[-1] if glue else {}), **(headers[-1] if headers else {})}
-        on = [(f"{n}× " if (n := r.get("world_size", 1)) != 1 else "") + str(r.get("device")) for r in headers or glue]
-        runs.append(Run(path, str(about.get("family")), str(about.get("preset")),
-                        " then ".join(dict.fromkeys(on)) or "unknown device",
-                        table(records, "train"), table(records, "eval"), glue))  # fmt: skip
-    if skipped := sum(damaged.values()):
-        note(f"skipped {skipped} damaged or unfinished line(s), most of them in {max(damaged, key=damaged.get)}")
-    return runs
-
-
-def note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
-
-
-def listed(items: list, most: int = 5) -> str:
-    return ", ".join(map(str, items[:most])) + f" and {len(items) - most} more" * (len(items) > most)
+# at: its step; the minutes planned for it, rounded, where a run's length is in minutes.
+Point = namedtuple("Point", "series family at x y err n_runs n_seeds")
+# Settings in which replicates of one run may differ: these and its seed. Other differences make other lines.
+FREE = {"seed", "name", "out", "data", "preset", "device", "compile", "wandb", "micro_tokens", "gpu_dollars_per_hour"}
+FREE |= {"max_steps", "max_tokens", "max_minutes", "eval_every", "eval_tokens", "pppl_tokens", "checkpoint_every"}
+FREE |= {"log_every", "cooldown_from", "skip_nan", "grad_reduce", "attention"}
 
 
 # ------------------------------------------------------------------------------------------- statistics
@@ -170,16 +88,16 @@ def frontier(x: list[float], y: list[float], lower: bool = False) -> np.ndarray:
 
 
 def points(records: list[dict], x: str) -> list[Point]:
-    """Averages records (keys series, family, path, step, task, score, and the cost x) into Points.
+    """Averages records (keys series, family, path, at, task, score, and the cost x) into Points.
 
-    A run's score: mean over seeds, then over tasks. Runs of one series at one step are replicates: averaged,
+    A run's score: mean over seeds, then over tasks. Runs of one series at one budget are replicates: averaged,
     with the error over runs. A single run has the error over its fine-tuning seeds, tasks taken as
     independent: sqrt(sum of squared errors) / tasks, to which a task with one seed adds nothing.
     """
     groups, costs = defaultdict(lambda: defaultdict(lambda: defaultdict(list))), defaultdict(list)
     for r in records:
         if isinstance(r.get(x), int | float) and math.isfinite(r[x]):
-            key = r["series"], r["family"], r["step"]
+            key = r["series"], r["family"], r["at"]
             groups[key][r["path"]][r["task"]].append(r["score"])
             costs[key].append(r[x])
     out = []
@@ -222,13 +140,22 @@ def published_points(tasks: list[str], x: Cost) -> list[tuple[str, np.ndarray, l
 
 # ---------------------------------------------------------------------------------------------- drawing
 def name_series(runs: list[Run], by_run: bool) -> dict[Path, str]:
-    """What to call each run's line: its folder, or its family (its preset where a family has several)."""
+    """What to call each run's line: its folder; or its family (its preset where a family has several), with the
+    settings that differ among the runs of its preset. Runs with one name are replicates."""
     folders, presets = [run.path.name for run in runs], defaultdict(set)
-    for run in runs:
-        presets[run.family].add(run.preset)
     if by_run:
         return {r.path: r.path.name if folders.count(r.path.name) == 1 else str(r.path) for r in runs}
-    return {r.path: r.family if len(presets[r.family]) == 1 else r.preset for r in runs}
+    for run in runs:
+        presets[run.family].add(run.preset)
+    names, differing = {}, {}
+    for preset in {r.preset for r in runs}:
+        settings = [{k: str(v) for k, v in r.settings.items()} for r in runs if r.preset == preset and r.settings]
+        differing[preset] = [k for k in dict.fromkeys(k for own in settings for k in own)
+                             if k not in FREE and len({own[k] for own in settings if k in own}) > 1]  # fmt: skip
+    for r in runs:
+        what = [f"{k} {v}" for k in differing[r.preset] if (v := r.settings.get(k)) not in (None, "")]
+        names[r.path] = ", ".join([r.family if len(presets[r.family]) == 1 else r.preset, *what])
+    return names
 
 
 def styles(series: dict[str, str]) -> dict[str, dict]:
@@ -259,7 +186,8 @@ def finish(fig, out: str, title: str, lines: list[str], handles: list) -> None:
     .png and .svg, both complete before either takes its name."""
     text = "\n".join(row for line in lines if line for row in textwrap.wrap(line, 100))
     fig.axes[0].set_title(title, pad=8 + 10.5 * (text.count("\n") + 1) if text else 6)
-    small = {"va": "bottom", "fontsize": 7.5, "color": "0.35"}
+    # not in the layout: its width would push panels beside the first away; the title's pad keeps its height free
+    small = {"va": "bottom", "fontsize": 7.5, "color": "0.35", "in_layout": False}
     fig.axes[0].annotate(text, (0, 1), (0, 5), "axes fraction", "offset points", **small)
     if len(handles) > 30:
         handles = [*handles[:29], plt.Line2D([], [], ls="", label=f"and {len(handles) - 29} more")]
@@ -288,6 +216,8 @@ def pareto_records(runs: list[Run], metric: str, x: Cost, task: str, by: str) ->
     checkpoint has. Held-out records become fine-tuning records of a task named like the metric."""
     _, key, log_key, _ = COSTS[x]
     records, have = [], defaultdict(set)
+    # of a stem and its cool-down branches only the ends are annealed, so only these make a line
+    stems = {(Path(b).parts[-3:] or ("",))[0] for run in runs if (b := run.settings.get("cooldown_from"))}
     for run in runs:
         own, held_out = run.glue, run.eval
         if metric != "glue":
@@ -296,7 +226,16 @@ def pareto_records(runs: list[Run], metric: str, x: Cost, task: str, by: str) ->
                 cost = np.interp(held_out["step"], run.train["step"], run.train[log_key])
             rows = zip(held_out["step"].tolist(), held_out[metric].tolist(), cost.tolist())
             own = [{"task": metric, "step": s, "score": v, key: c} for s, v, c in rows if s and math.isfinite(v)]
-        records += [{**r, "path": run.path, "family": run.family, "device": run.device} for r in own]
+            seconds = dict(zip(held_out["step"].tolist(), held_out["train_seconds"].tolist()))
+            own = [{COSTS["seconds"][1]: seconds[r["step"]], **r} for r in own]
+        if run.path.name in stems or run.settings.get("cooldown_from"):
+            end = max([*held_out["step"], *(r["step"] for r in own)], default=0)
+            own = [r for r in own if r["step"] in (0, end)]
+        about = {"path": run.path, "family": run.family, "device": run.device}
+        minutes = run.settings.get("max_minutes")  # replicates stop at the same minute, not at the same step
+        for r in own:
+            planned = minutes and minutes * round(20 * (r.get(COSTS["seconds"][1]) or 0) / (60 * minutes)) / 20
+            records.append({**r, **about, "at": planned if r["step"] and planned else r["step"]})
     what = "fine-tuning result (glue/*.jsonl)" if metric == "glue" else f"held-out {metric}"
     if not records:
         raise SystemExit(f"error: no {what} in {listed([run.path for run in runs])} yet; nothing drawn")
@@ -335,7 +274,7 @@ def pareto(runs: Runs, out: Out = "plots/pareto.png", x: Cost = "seconds", task:
     if published and metric != "glue":
         raise SystemExit(f"error: the published points are GLUE scores; --published does not go with --metric {metric}")
     records, tasks = pareto_records(load(runs, logs=metric != "glue"), metric, x, task, by)
-    trained = [p for p in points(records, COSTS[x][1]) if p.step > 0 and p.x > 0]
+    trained = [p for p in points(records, COSTS[x][1]) if p.at > 0 and p.x > 0]
     untrained = points([r for r in records if r.get("checkpoint") == "random"], "step")
     if not trained:
         raise SystemExit(f"error: no trained checkpoint has a {COSTS[x][1]} above 0; try another --x")
@@ -343,7 +282,7 @@ def pareto(runs: Runs, out: Out = "plots/pareto.png", x: Cost = "seconds", task:
         note(f"no {COSTS[x][1]} known, left out: {listed(costless)}")
     n_seeds, n_runs = max(p.n_seeds for p in trained), max(p.n_runs for p in trained)
     if n_runs > 1:
-        note("runs of one family, preset and step are averaged as replicates; --by run keeps them apart")
+        note("runs that differ in nothing but their seed are averaged at equal budgets; --by run keeps them apart")
     published = (published or any(Path(p).name == PUBLISHED.name for p in runs)) and metric == "glue"
     others = published_points(tasks, x) if published else []
     costs = np.concatenate([[p.x for p in trained], *[cost for _, cost, _ in others]])
@@ -402,7 +341,10 @@ def pareto(runs: Runs, out: Out = "plots/pareto.png", x: Cost = "seconds", task:
     if len(tasks) > 1 and set(tasks) != GLUE:
         lines.append(f"tasks: {', '.join(tasks)}")
     if others:
-        lines.append("hollow: published, on the hardware named; protocols differ, sources in results/published.json")
+        lines.append(
+            "hollow: published, on the hardware named and by other protocols, so neither costs nor scores compare "
+            "exactly; sources in results/published.json"
+        )
     finish(fig, out, f"{what} against pretraining {COSTS[x][0]}", lines, handles)
 
 
@@ -449,37 +391,162 @@ def masking(runs: Runs, out: Out = "plots/masking.png", x: Cost = "tokens") -> N
     curves(runs, out, x, "Masking rate, and the held-out loss under it", panels)
 
 
-def throughput(runs: Runs, out: Out = "plots/throughput.png") -> None:
-    """Real tokens per second, and model FLOPs utilisation where it was logged, against sequence length."""
-    loaded, lengths = [r for r in load(runs) if np.isfinite(r.train["tok_per_s"]).any()], {}
-    for run in loaded:
-        try:
-            lengths[run.path] = int(json.loads((run.path / "config.json").read_text())["train"]["seq_len"])
-        except (OSError, ValueError, KeyError, TypeError):
-            lengths[run.path] = 0
-    if without := [r.path for r in loaded if not lengths[r.path]]:
+def logged_speeds(paths: tuple[str, ...]) -> list[tuple]:
+    """(series, family, seq_len, device, tok/s, MFU) of each run, the last two as (n,) arrays over its log."""
+    loaded = [r for r in load(paths) if np.isfinite(r.train["tok_per_s"]).any()] if paths else []
+    if without := [r.path for r in loaded if not isinstance(r.settings.get("seq_len"), int)]:
         note(f"no train.seq_len in config.json, left out: {listed(without)}")
-    loaded = [r for r in loaded if lengths[r.path]]
-    if not loaded:
+    loaded = [r for r in loaded if r.path not in without]
+    names = name_series([replace(r, settings={}) for r in loaded], by_run=False)  # a line per family or preset
+    return [(names[r.path], r.family, r.settings["seq_len"], r.device, r.train["tok_per_s"], r.train["mfu"])
+            for r in loaded]  # fmt: skip
+
+
+def measured_speeds(paths: tuple[str, ...]) -> tuple[list[tuple], dict[str, dict]]:
+    """The same of bench.py step's contenders, ours and peers, over its rounds; and {series: {seq_len: tok/s at the
+    GPU's peak}} of our MosaicBERT shapes."""
+    speeds, peaks = [], defaultdict(dict)
+    for device, r in [(report["device"], r) for report in read_reports(paths, "results") for r in report["results"]]:
+        for c in [c for c in r["contenders"] if "failed" not in c]:
+            name, compiled = c["name"].removesuffix(", compiled"), c["name"].endswith(", compiled")
+            ours = name.endswith(f"-{r['size']}")
+            series = ", ".join([name, *[r["size"]] * (not ours), *["compiled"] * compiled])
+            family, rounds = name.split("-")[0] if ours else "transformers", np.array(c["rounds"])
+            mfu = rounds * ((c["mfu"] or math.nan) / c["tok_per_s"])
+            speeds.append((series, family, r["seq_len"], device, rounds, mfu))
+            if c["mfu"] and family == "mosaic":
+                peaks[name][r["seq_len"]] = c["tok_per_s"] / c["mfu"]
+    return speeds, peaks
+
+
+def throughput(runs: Runs, out: Out = "plots/throughput.png") -> None:
+    """Real tokens per second, and model FLOPs utilisation where it is known, against sequence length: of runs, and of
+    bench.py step (results/step-*.json), with its peers and the GPU's peak."""
+    speeds, peaks = measured_speeds(runs)
+    speeds += logged_speeds(tuple(str(p) for p in expand(runs) if p.suffix != ".json"))
+    if not speeds:
         raise SystemExit("error: no run with tok_per_s in log.jsonl and seq_len in config.json; nothing drawn")
-    names, ticks = name_series(loaded, by_run=False), sorted({lengths[r.path] for r in loaded})
-    style = styles({names[r.path]: r.family for r in loaded})
-    panels = {"real tokens per second": ("tok_per_s", 1), "MFU (%)": ("mfu", 100)}
-    panels = {k: v for k, v in panels.items() if any(np.isfinite(r.train[v[0]]).any() for r in loaded)}
+    devices = list(dict.fromkeys(row[3] for row in speeds))
+    if len(devices) > 1:
+        speeds = [(f"{row[0]} on {row[3]}", *row[1:]) for row in speeds]
+    ticks, style = sorted({n for _, _, n, *_ in speeds}), styles({name: family for name, family, *_ in speeds})
+    panels = {"real tokens per second": (4, 1), "MFU (%)": (5, 100)}
+    panels = {k: v for k, v in panels.items() if any(np.isfinite(row[v[0]]).any() for row in speeds)}
     fig, axes = plt.subplots(len(panels), sharex=True, squeeze=False, figsize=(6.6, 1.8 + 1.8 * len(panels)))
-    for ax, (label, (key, scale)) in zip(axes[:, 0], panels.items()):
+    for ax, (label, (column, scale)) in zip(axes[:, 0], panels.items()):
         for i, (name, look) in enumerate(style.items()):
-            values = {n: [r.train[key] for r in loaded if (names[r.path], lengths[r.path]) == (name, n)] for n in ticks}
-            values = {n: v[np.isfinite(v)] for n in ticks if len(v := np.concatenate([*values[n], []]))}
-            low, mid, high = np.array([np.percentile(v, [10, 50, 90]) * scale for v in values.values() if len(v)]).T
+            values = {n: [row[column] for row in speeds if (row[0], row[2]) == (name, n)] for n in ticks}
+            values = {n: u for n, v in values.items() if len(u := (w := np.concatenate([*v, []]))[np.isfinite(w)])}
+            mid = np.array([np.percentile(v, [10, 50, 90]) * scale for v in values.values()]).reshape(-1, 3)
             at = [ticks.index(n) + 0.06 * (i - (len(style) - 1) / 2) for n in values]  # side by side
-            ax.errorbar(at, mid, [mid - low, high - mid], label=name, elinewidth=1, capsize=2.5, ms=5.5, **look)
-        ax.set(ylabel=label, ylim=(0, None))
+            bars = np.abs(mid[:, [0, 2]] - mid[:, [1]]).T
+            ax.errorbar(at, mid[:, 1], bars, label=name, elinewidth=1, capsize=2.5, ms=5.5, **look)
+        ax.set_ylabel(label)
         ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.9g}"))
+    handles = axes[0, 0].get_legend_handles_labels()[0]
+    for i, (name, peak) in enumerate(peaks.items()):
+        look = {"color": "0.45", "lw": 1.2, "ls": DASHES[2 + i % 2], "label": f"{name} at the GPU's peak"}
+        handles += axes[0, 0].plot([ticks.index(n) for n in sorted(peak)], [peak[n] for n in sorted(peak)], **look)
+    for ax in axes.flat:
+        ax.set_ylim(bottom=0)
     axes[-1, 0].set_xticks(range(len(ticks)), ticks)
     axes[-1, 0].set(xlabel="sequence length (tokens)", xlim=(-0.5, len(ticks) - 0.5))
-    where = f"median and 10th to 90th percentile of the log · on {'; '.join(dict.fromkeys(r.device for r in loaded))}"
-    finish(fig, out, "Training throughput", [where], axes[0, 0].get_legend_handles_labels()[0])
+    where = "median and 10th to 90th percentile · " + (f"on {devices[0]}" if len(devices) == 1 else "different devices")
+    finish(fig, out, "Training throughput", [where], handles)
+
+
+def kernels(reports: Runs, out: Out = "plots/kernels.png") -> None:
+    """Attention forward and backward, ours, peers and the roofline: bars from results/kernels-<gpu>.json."""
+    found = read_reports(reports, "attention")
+    if len(found) != 1:
+        what = f"{len(found)} kernel reports in {listed(list(reports)) or 'an empty list'}"
+        raise SystemExit(f"error: {what}; give one, as in results/kernels-h200.json")
+    rows, settings = found[0]["attention"], found[0]["settings"]
+    providers, groups = list(dict.fromkeys(r["provider"] for r in rows)), defaultdict(list)
+    for name in dict.fromkeys(r["documents"] for r in rows):
+        groups["C4's, cut at this" if "C4" in name else "all the same"].append(name)
+    fig, axes = plt.subplots(2, len(groups), sharey="row", squeeze=False, figsize=(1 + 4 * len(groups), 5.4))
+    width = 0.84 / len(providers)
+    for ax, (part, names) in zip(axes.flat, itertools.product(("forward", "backward"), groups.values())):
+        for i, provider in enumerate(providers):
+            timed = {r["documents"]: r[part] for r in rows if r["provider"] == provider and part in r}
+            look = {"color": COLOURS[i % len(COLOURS)], "hatch": HATCHES[i % len(HATCHES)], "ec": "white", "lw": 0}
+            at = {n: x + (i - (len(providers) - 1) / 2) * width for x, n in enumerate(names) if n in timed}
+            ax.bar(at.values(), [timed[n]["tflops"] for n in at], width, label=provider, **look)
+            for n in at:  # what the hardware allows is the same for all
+                level = timed[n]["tflops"] / timed[n]["roofline"]
+                ax.hlines(level, names.index(n) - 0.45, names.index(n) + 0.45, color="black", lw=1.4)
+        ax.set_xticks(range(len(names)), [n.split()[-1] for n in names], fontsize=8)
+        ax.grid(axis="x", visible=False)
+    for row, part in zip(axes, ("forward", "backward")):
+        row[0].set_ylabel(f"{part} (TFLOP/s)")
+    for ax, group in zip(axes[1], groups):
+        ax.set_xlabel(f"tokens per document ({group})")
+    failed = Counter(r["provider"] for r in rows if "failed" in r)
+    shape = f"{settings['tokens']:,} tokens, {settings['heads']} heads of {settings['head_dim']}, bf16"
+    failures = "; ".join(f"{name} ({n} of {len(rows) // len(providers)})" for name, n in failed.items())
+    lines = [f"{shape} · on {found[0]['device']}", f"did not run: {failures}" * bool(failed)]
+    handles = []
+    for bar, provider in [(bars[0], bars.get_label()) for bars in axes[0, 0].containers if bars]:
+        look = {"fc": bar.get_facecolor(), "hatch": bar.get_hatch(), "ec": "white"}
+        handles.append(plt.Rectangle((0, 0), 1, 1, label=provider, **look))
+    handles.append(plt.Line2D([], [], color="black", lw=1.4, label="roofline measured in the same run"))
+    finish(fig, out, "Attention kernels", lines, handles)
+
+
+def ablation(sweeps: Runs, out: Out = "plots/ablation.png", budget: float = 0.0) -> None:
+    """What each variant of a sweep changes, against its preset as it is: the mean difference over the seeds that both
+    have, and the 95 % confidence interval of a paired t-test. From sweep.py's results/<name>/records.jsonl.
+
+    Args:
+        budget: as given to sweep.py; the largest one by default.
+    """
+    from scipy.stats import t  # takes a second
+
+    rows = [r for p in expand(sweeps) for r in read_sweep(p if p.suffix == ".jsonl" else p / "records.jsonl")]
+    budgets = sorted({r["budget"] for r in rows if r["variant"]})
+    if not budgets:
+        raise SystemExit(f"error: no variant in {listed(list(sweeps)) or 'an empty list'}; give sweeps run with --vary")
+    budget = budget or budgets[-1]
+    if budget not in budgets:
+        raise SystemExit(f"error: no variant ran with that budget; --budget is one of {listed(budgets, 9)}")
+    rows, values = [r for r in rows if r["budget"] == budget], defaultdict(dict)
+    for r in rows:
+        values[r["preset"], r["variant"], r["metric"]][r["seed"]] = r["value"] * (1 if r["metric"] == "loss" else 100)
+    tasks = sorted({metric for _, _, metric in values} - {"loss", "accuracy"})
+    presets = list(dict.fromkeys(r["preset"] for r in rows))
+    variants = list(dict.fromkeys(r["variant"] for r in rows if r["variant"]))
+    panels = {"held-out loss (nats) — left is better": ["loss"]}
+    panels |= {f"{tasks[0] if len(tasks) == 1 else f'mean of {len(tasks)} tasks'} (points) — right is better": tasks
+               for _ in tasks[:1]}  # fmt: skip
+    style = styles({preset: preset.split("-")[0] for preset in presets})
+    size = 3.2 + 2.7 * len(panels), 1.8 + (0.2 + 0.16 * len(presets)) * len(variants)
+    fig, axes = plt.subplots(1, len(panels), sharey=True, squeeze=False, figsize=size)
+    counts = set()
+    for ax, (label, metrics) in zip(axes[0], panels.items()):
+        for (i, preset), (j, variant) in itertools.product(enumerate(presets), enumerate(variants)):
+            pairs = [(values[preset, variant, m], values[preset, "", m]) for m in metrics]
+            seeds = set.intersection(*[x.keys() & y.keys() for x, y in pairs])
+            gains = [float(np.mean([x[seed] - y[seed] for x, y in pairs])) for seed in seeds]
+            if gains:
+                half = t.ppf(0.975, len(gains) - 1) * standard_error(gains) if len(gains) > 1 else math.nan
+                look = {**style[preset], "mfc": style[preset]["color"] if abs(np.mean(gains)) > half else "white"}
+                at = j + 0.6 * (i - (len(presets) - 1) / 2) / len(presets)
+                look |= {"linestyle": "", "elinewidth": 1.2, "capsize": 3, "ms": 6}
+                ax.errorbar(np.mean(gains), at, xerr=half, **look)
+                counts.add(len(gains))
+        ax.axvline(0, color="0.3", lw=1, zorder=1)
+        ax.set_xlabel(label)
+        ax.grid(axis="y", visible=False)
+    axes[0, 0].set_yticks(range(len(variants)), variants)
+    axes[0, 0].set_ylim(len(variants) - 0.5, -0.5)
+    equal = {"tokens": "tokens", "flops": "training FLOPs", "time": "tokens of the first preset and its time"}
+    n = f"n = {' to '.join(map(str, sorted({min(counts), max(counts)})))}" if counts else "no seed in common"
+    what = f"{budget:,.9g} {equal[rows[0]['equal']]} · on {listed(sorted({r['device'] for r in rows}))}"
+    lines = [f"variant − preset as it is, paired by seed, {n} · {what}"]
+    lines += ["bars: 95 % confidence interval of each alone · filled marker: 0 is outside · no bar: one seed"]
+    handles = [plt.Line2D([], [], label=name, **{**look, "linestyle": ""}) for name, look in style.items()]
+    finish(fig, out, "What each change does", lines, handles)
 
 
 def glue(runs: Runs, out: Out = "plots/glue.png", baseline: str = "") -> None:
@@ -526,7 +593,7 @@ def glue(runs: Runs, out: Out = "plots/glue.png", baseline: str = "") -> None:
 
 
 if __name__ == "__main__":
-    figures = {figure.__name__: figure for figure in (pareto, loss, masking, throughput, glue)}
+    figures = {figure.__name__: figure for figure in (pareto, loss, masking, throughput, kernels, ablation, glue)}
     try:
         tyro.extras.subcommand_cli_from_dict(figures, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     except OSError as e:  # a file that cannot be read or written

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,6 +17,7 @@ import pytest
 from matplotlib.axis import XTick, YTick
 
 import plots
+import records
 
 REPO = Path(plots.__file__).parent
 
@@ -60,6 +62,65 @@ def full_run(folder, level=0.0, rate=1.0, tasks=("RTE", "CoLA"), seeds=(1, 2, 3)
         for seed in seeds
     ]
     return make_run(folder, log, glue, **about)
+
+
+def sweep_row(preset, variant, seed, budget, metric, value):
+    """A row of a sweep's records.jsonl; its run costs budget / 1000 seconds."""
+    name = f"{preset}{'+' * bool(variant)}{variant}-s{seed}-{budget}"
+    row = {"type": "sweep", "run": name, "preset": preset, "variant": variant, "family": preset.split("-")[0]}
+    row |= {"seed": seed, "budget": budget, "equal": "tokens", "step": budget // 1000, "tokens": budget}
+    row |= {"train_seconds": budget / 1000, "gpu_seconds": budget / 1000, "dollars": 0.01, "device": "a CPU"}
+    if metric not in ("loss", "accuracy"):
+        row |= {"values": [value - 0.01, value + 0.01], "majority": 0.5, "measures": ["accuracy"]}
+    return row | {"world_size": 1, "metric": metric, "value": value}
+
+
+def make_sweep(folder, presets=("mosaic-tiny", "bert-tiny"), variants=("", "adamw", "wide"), seeds=(1, 2, 3)):
+    """results/<name>/ of a sweep: two budgets, variant number v better by v × (0.10, 0.12, 0.14) for seeds 1, 2, 3."""
+    rows = []
+    for preset, (v, variant), seed, budget in product(presets, enumerate(variants), seeds, (10_000, 20_000)):
+        gain = v * (0.08 + 0.02 * seed)
+        arm = (preset, variant, seed, budget)
+        rows += [sweep_row(*arm, "loss", 5.0 - budget / 1e5 - gain + seed), sweep_row(*arm, "RTE", 0.6 + gain / 10)]
+    folder.mkdir(parents=True)
+    speed = {"type": "speed", "arm": "x", "tok_per_s": [1.0]}
+    (folder / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [speed, *rows]))
+    return str(folder)
+
+
+def kernel_report(path, lengths=(128, 512, 4096, 8192)):
+    """As bench.py kernels writes it: ours at 50 % and a peer at 25 % of the roofline; one failure."""
+    rows = []
+    for n, c4 in product(lengths, (False, True)):
+        for provider, share in (("ours", 0.5), ("flex_attention, compiled", 0.25)):
+            timing = {"ms": 1.0, "tflops": n * share / 10, "gb_per_s": 1.0, "roofline": share}
+            rows.append({"documents": f"C4 up to {n}" if c4 else str(n), "provider": provider})
+            rows[-1] |= {"forward": timing, "backward": timing | {"tflops": n * share / 5}}
+    rows.append({"documents": "128", "provider": "varlen_attn", "failed": "ImportError: no"})
+    settings = {"tokens": 65_536, "heads": 12, "head_dim": 64}
+    path.write_text(json.dumps({"device": "H200", "settings": settings, "attention": rows, "pointwise": []}))
+    return str(path)
+
+
+def step_report(path):
+    """As bench.py step writes it: ours at 50 % MFU, a peer at 20 %, one that failed."""
+    ours = {
+        "name": "mosaic-base, compiled",
+        "tok_per_s": 100_000.0,
+        "mfu": 0.5,
+        "rounds": [90_000.0, 100_000.0, 110_000.0],
+    }
+    peer = {"name": "BertForMaskedLM", "tok_per_s": 40_000.0, "mfu": 0.2, "rounds": [40_000.0]}
+    failed = {"name": "transformers, mosaic", "failed": "ImportError: no"}
+    results = [{"size": "base", "seq_len": n, "contenders": [ours, peer, failed], "ratios": {}} for n in (128, 512)]
+    path.write_text(json.dumps({"device": "H200", "results": results}))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_open():
+    yield
+    plt.close("all")
 
 
 @pytest.fixture
@@ -129,12 +190,12 @@ def test_strided_reading_keeps_held_out_records_and_sees_damage(tmp_path):
         if step % 100 == 0:
             lines += [{**train_line(step), "type": "eval"}, b'{"type": "train", "st{"type": "train", "step": 3}\n']
     make_run(tmp_path / "r", lines)
-    records, skipped = plots.read_jsonl(tmp_path / "r" / "log.jsonl", stride=7)
-    kinds = [r["type"] for r in records]
+    found, skipped = records.read_jsonl(tmp_path / "r" / "log.jsonl", stride=7)
+    kinds = [r["type"] for r in found]
     assert (kinds.count("eval"), kinds.count("header"), skipped) == (10, 1, 10)
     assert 130 < kinds.count("train") <= 145
-    records, _ = plots.read_jsonl(tmp_path / "r" / "log.jsonl", stride=math.inf)
-    assert {r["type"] for r in records} == {"eval", "header"}
+    found, _ = records.read_jsonl(tmp_path / "r" / "log.jsonl", stride=math.inf)
+    assert {r["type"] for r in found} == {"eval", "header"}
 
 
 # ------------------------------------------------------------------------------------------------ statistics
@@ -163,7 +224,7 @@ def test_standard_error_by_hand():
 
 
 def record(path, task, score, step=10, **extra):
-    return {"series": "s", "family": "f", "path": path, "step": step, "task": task, "score": score, "cost": 4.0} | extra
+    return {"series": "s", "family": "f", "path": path, "at": step, "task": task, "score": score, "cost": 4.0} | extra
 
 
 def test_error_of_one_run_is_over_its_seeds():
@@ -218,13 +279,25 @@ def test_a_family_has_the_same_colour_in_every_figure():
 
 
 # ---------------------------------------------------------------------------------------------------- figures
-FIGURES = ["pareto", "loss", "masking", "throughput", "glue"]
+FIGURES = ["pareto", "loss", "masking", "throughput", "glue", "kernels", "ablation"]
+
+
+@pytest.fixture
+def inputs(two_runs, tmp_path):
+    """{figure: what it draws}."""
+    reports = (kernel_report(tmp_path / "kernels-h200.json"),)
+    steps = (*two_runs, step_report(tmp_path / "step-h200.json"))
+    return dict.fromkeys(FIGURES, two_runs) | {
+        "kernels": reports,
+        "throughput": steps,
+        "ablation": (make_sweep(tmp_path / "s"),),
+    }
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_png_and_svg_are_written_and_whole(name, two_runs, tmp_path, capsys):
+def test_png_and_svg_are_written_and_whole(name, inputs, tmp_path, capsys):
     out = tmp_path / "new" / "folder" / f"{name}.png"
-    getattr(plots, name)(two_runs, out=str(out))
+    getattr(plots, name)(inputs[name], out=str(out))
     assert plt.imread(out).shape[1] > 600
     assert ElementTree.parse(out.with_suffix(".svg")).getroot().tag.endswith("svg")
     assert capsys.readouterr().out.split() == [str(out), str(out.with_suffix(".svg"))]
@@ -276,8 +349,8 @@ def overlaps(fig):
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_no_text_overlaps_or_is_cut_off(name, two_runs, tmp_path, monkeypatch):
-    fig = drawn(monkeypatch, getattr(plots, name), two_runs, out=str(tmp_path / "p.png"))
+def test_no_text_overlaps_or_is_cut_off(name, inputs, tmp_path, monkeypatch):
+    fig = drawn(monkeypatch, getattr(plots, name), inputs[name], out=str(tmp_path / "p.png"))
     assert len(visible_texts(fig)) > 8
     assert overlaps(fig) == ([], [])
 
@@ -370,6 +443,121 @@ def test_throughput_is_the_median_of_the_log(tmp_path, monkeypatch):
     assert [t.get_text() for t in fig.axes[1].get_xticklabels()] == ["128", "512"]
 
 
+def test_throughput_shows_peers_and_the_gpu_at_its_peak(tmp_path, monkeypatch):
+    fig = drawn(monkeypatch, plots.throughput, (step_report(tmp_path / "step.json"),), out=str(tmp_path / "p.png"))
+    speeds = {line.get_label(): line.get_ydata() for line in fig.axes[0].lines}
+    assert list(speeds["mosaic-base at the GPU's peak"]) == [200_000, 200_000]
+    text = texts_of(fig)
+    assert "mosaic-base, compiled" in text and "BertForMaskedLM, base" in text and "on H200" in text
+    assert [bar.get_ydata()[0] for bar in fig.axes[1].lines if len(bar.get_ydata()) == 2] != []
+
+
+def test_kernel_bars_are_the_rates_and_the_roofline_is_above_each_group(tmp_path, monkeypatch):
+    fig = drawn(monkeypatch, plots.kernels, (kernel_report(tmp_path / "k.json"),), out=str(tmp_path / "p.png"))
+    assert len(fig.axes) == 4
+    for ax, factor in zip(fig.axes, (0.1, 0.1, 0.2, 0.2)):
+        ours, peer, *_ = ax.containers
+        assert [bar.get_height() for bar in ours] == pytest.approx([n * 0.5 * factor for n in (128, 512, 4096, 8192)])
+        assert [bar.get_height() for bar in peer] == pytest.approx([n * 0.25 * factor for n in (128, 512, 4096, 8192)])
+        roofs = {round(c.get_segments()[0][0][1], 6) for c in ax.collections}
+        assert roofs == {round(n * factor, 6) for n in (128, 512, 4096, 8192)}
+        assert [t.get_text() for t in ax.get_xticklabels()] == ["128", "512", "4096", "8192"]
+    assert "did not run: varlen_attn (1 of " in texts_of(fig)
+
+
+def test_ablation_is_the_paired_difference_with_its_confidence_interval(tmp_path, monkeypatch):
+    fig = drawn(monkeypatch, plots.ablation, (make_sweep(tmp_path / "s"),), out=str(tmp_path / "p.png"))
+    loss, score = fig.axes
+    assert score.get_position().x0 - loss.get_position().x1 < 0.1  # the text above the first does not push it away
+    assert [t.get_text() for t in loss.get_yticklabels()] == ["adamw", "wide"]
+    means = sorted(round(c.lines[0].get_xdata()[0], 6) for c in loss.containers)
+    assert means == [-0.24, -0.24, -0.12, -0.12]  # the spread of 1 nat over seeds is paired away
+    (low, high), *_ = [c.lines[2][0].get_segments()[0][:, 0] for c in loss.containers]
+    half = (
+        4.302653 * 0.02 / math.sqrt(3)
+    )  # Student's 97.5 % point of 2 degrees of freedom; differences 0.10, 0.12, 0.14
+    assert (low, high) == (pytest.approx(-0.12 - half, abs=1e-5), pytest.approx(-0.12 + half, abs=1e-5))
+    assert sorted(round(c.lines[0].get_xdata()[0], 6) for c in score.containers) == [1.2, 1.2, 2.4, 2.4]
+    assert "20,000 tokens" in texts_of(fig) and "n = 3" in texts_of(fig)
+    fig = drawn(monkeypatch, plots.ablation, (str(tmp_path / "s"),), out=str(tmp_path / "p.png"), budget=10_000)
+    assert "10,000 tokens" in texts_of(fig)
+
+
+def test_an_effect_that_may_be_chance_has_a_hollow_marker_and_one_seed_no_bar(tmp_path, monkeypatch):
+    folder = tmp_path / "s"
+    folder.mkdir()
+    values = [("", (5.0, 5.2, 5.1)), ("maybe", (4.9, 5.3, 5.0)), ("surely", (4.0, 4.2, 4.11)), ("once", (4.5,))]
+    rows = [sweep_row("mosaic-tiny", v, seed, 10_000, "loss", x) for v, xs in values for seed, x in enumerate(xs)]
+    (folder / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    fig = drawn(monkeypatch, plots.ablation, (str(folder),), out=str(tmp_path / "p.png"))
+    maybe, surely, once = fig.axes[0].containers
+    faces = [c.lines[0].get_markerfacecolor() for c in (maybe, surely, once)]
+    assert [face == "white" for face in faces] == [True, False, True]
+    assert "n = 1 to 3" in texts_of(fig)
+
+
+# ------------------------------------------------------------------------------- replicates, stems, sweeps
+def configured(folder, **settings):
+    """Gives a run folder a config.json with these settings."""
+    shape = {"mlp": settings.pop("mlp", "geglu")}
+    (Path(folder) / "config.json").write_text(json.dumps({"train": {"seq_len": 128, "model": shape, **settings}}))
+    return folder
+
+
+def test_runs_that_differ_in_their_seed_are_replicates_and_others_are_not(tmp_path):
+    def series(**settings):
+        names = [f"r{i}-{len(list(tmp_path.iterdir()))}" for i in range(2)]
+        folders = [full_run(tmp_path / name) for name in names]
+        for i, folder in enumerate(folders):
+            configured(folder, name=names[i], seed=i, **{k: v[i] for k, v in settings.items()})
+        return sorted(set(plots.name_series(plots.load(tuple(folders)), by_run=False).values()))
+
+    assert series(max_tokens=(1, 2), checkpoint_every=(0.1, 5), cooldown_from=("", "x")) == ["mosaic"]
+    assert series(optimizer=("adamw", "muon")) == ["mosaic, optimizer adamw", "mosaic, optimizer muon"]
+    assert series(mlp=("gelu", "geglu")) == ["mosaic, mlp geglu", "mosaic, mlp gelu"]
+
+
+def test_of_a_stem_and_its_branches_only_the_annealed_ends_are_drawn(tmp_path, monkeypatch):
+    def log(*steps):
+        return [{**train_line(s, 9 - s / 100), "type": "eval"} for s in steps]
+
+    stem = configured(make_run(tmp_path / "stem", log(100, 200, 300, 400)), schedule="wsd", seed=1)
+    of = str(tmp_path / "stem" / "ckpt" / "step_00000080")
+    branch = configured(make_run(tmp_path / "branch", log(90, 101)), schedule="wsd", seed=1, cooldown_from=of)
+    fig = drawn(monkeypatch, plots.pareto, (stem, branch), out=str(tmp_path / "p.png"), metric="loss", x="tokens")
+    (line,) = [line for line in fig.axes[0].lines if line.get_label() == "mosaic"]
+    assert list(line.get_xdata() * 1000) == [101_000, 400_000]
+    fig = drawn(monkeypatch, plots.pareto, (stem,), out=str(tmp_path / "p.png"), metric="loss", x="tokens")
+    (line,) = [line for line in fig.axes[0].lines if line.get_label() == "mosaic"]
+    assert len(line.get_xdata()) == 4  # without branches it is a run like others
+
+
+def test_runs_of_so_many_minutes_are_averaged_at_the_same_minute(tmp_path):
+    runs = []
+    for seed, speed in ((1, 1.0), (2, 1.1)):
+        glue = [glue_line(round(s * speed), 0.5 + seed / 10, pretrain_seconds=s + seed) for s in (60, 120)]
+        runs.append(configured(make_run(tmp_path / f"r{seed}", [], glue), max_minutes=2, seed=seed))
+    found, _ = plots.pareto_records(plots.load(tuple(runs)), "glue", "seconds", "", "family")
+    first, second = plots.points(found, "pretrain_seconds")
+    assert (first.at, first.n_runs, first.x, first.y) == (1.0, 2, 61.5, pytest.approx(0.65))
+    assert (second.at, second.n_runs) == (2.0, 2)
+
+
+def test_a_sweeps_records_draw_what_its_run_folders_would(tmp_path, monkeypatch, capsys):
+    folder = make_sweep(tmp_path / "results" / "s", variants=("",))
+    with open(Path(folder) / "records.jsonl", "a") as f:
+        f.write('{"type": "sweep", "run"\n')
+    fig = drawn(monkeypatch, plots.pareto, (str(tmp_path / "results" / "*"),), out=str(tmp_path / "p.png"))
+    (line,) = [line for line in fig.axes[0].lines if line.get_label() == "mosaic"]
+    assert list(line.get_xdata()) == [10, 20] and list(line.get_ydata()) == pytest.approx([60, 60])
+    text = texts_of(fig)
+    assert "2 fine-tuning seeds · 3 runs per point" in text and "RTE dev accuracy" in text
+    assert "skipped 1 damaged" in capsys.readouterr().err
+    fig = drawn(monkeypatch, plots.pareto, (folder,), out=str(tmp_path / "p.png"), metric="loss", x="dollars")
+    (line,) = [line for line in fig.axes[0].lines if line.get_label() == "bert"]
+    assert list(line.get_ydata()) == pytest.approx([6.9, 6.8])
+
+
 def test_heat_map_compares_last_checkpoints_with_the_baseline(tmp_path, monkeypatch):
     a = make_run(tmp_path / "a", [], [glue_line(10, 0.2), glue_line(20, 0.6, seed=1), glue_line(20, 0.7, seed=2)])
     b = make_run(tmp_path / "b", [], [glue_line(30, 0.5), glue_line(30, 0.3, "CoLA")])
@@ -391,7 +579,7 @@ def test_command_line_expands_patterns_and_mentions_what_it_left_out(two_runs, t
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["plots/pareto.png", "plots/pareto.svg"]
     assert "no fine-tuning result (glue/*.jsonl) yet, left out: runs/no-glue-yet" in done.stderr
-    assert "no run folder (no log.jsonl in it), left out: runs/empty" in done.stderr
+    assert "no run folder (no log.jsonl in it) and no sweep (records.jsonl), left out: runs/empty" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -403,6 +591,8 @@ def test_command_line_expands_patterns_and_mentions_what_it_left_out(two_runs, t
         (["loss", "runs/bare"], "nothing drawn"),
         (["masking", "runs/bare"], "nothing drawn"),
         (["throughput", "runs/bare"], "nothing drawn"),
+        (["kernels", "runs/a"], "0 kernel reports in runs/a"),
+        (["ablation", "runs/a"], "no variant in runs/a"),
         (["glue", "runs/bare"], "nothing drawn"),
         (["pareto", "runs/a", "--task", "WNLI"], "choose one with --task: CoLA, RTE"),
         (["pareto", "runs/a", "--log", "--linear"], "exclude each other"),
@@ -430,6 +620,19 @@ def test_needs_no_torch(two_runs, tmp_path):
         [sys.executable, "-c", code, *two_runs], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPO)}
     )
     assert done.returncode == 0
+
+
+def test_a_share_of_a_thousand_runs_takes_its_share_of_20_s(tmp_path):
+    lines = [train_line(s, 3 + 6 * math.exp(-s / 2000)) for s in range(1, 10_001)]
+    first = Path(make_run(tmp_path / "00", lines))
+    for i in range(1, 20):
+        (tmp_path / f"{i:02d}").mkdir()
+        os.link(first / "log.jsonl", tmp_path / f"{i:02d}" / "log.jsonl")
+    # as of 1,000 runs: each may keep 500,000 / 1,000 lines
+    started = time.process_time()
+    kept = [records.read_jsonl(tmp_path / f"{i:02d}" / "log.jsonl", stride=20)[0] for i in range(20)]
+    assert time.process_time() - started < 0.02 * 20  # CPU seconds: the machine may be busy with other things
+    assert max(map(len, kept)) <= 510
 
 
 @pytest.mark.slow

@@ -1,0 +1,485 @@
+"""Pretrain, cool down and fine-tune every preset × variant × seed × budget; then rank, and test what beats what.
+
+    python sweep.py mosaic-tiny bert-tiny --name shapes --data data/docstrings --budgets 2e6 4e6 8e6 \\
+        --flags="--seq_len 32" --finetune="--task RTE,CoLA --glue_dir glue --seeds 1,2"
+    python sweep.py mosaic-tiny --name optimizer --data data/docstrings --budgets 4e6 --equal time \\
+        --vary adamw:optimizer=adamw,lr=2e-3 nobias:model.bias=False      # an ablation, against mosaic-tiny as it is
+    torchrun --nproc_per_node 8 sweep.py ...                               # 8 workers, a GPU each, one queue
+    python sweep.py ... --dry_run                                          # the jobs, and how long they will take
+
+One stem is trained for each preset, variant and seed, as long as the largest budget (--schedule wsd); for every smaller
+budget a cool-down branches off it, so budgets of 1, 2 and 4 cost 4.6 and not 7. Variants with schedule=linear, and all
+with --no_stem, get a run for each budget. Jobs are calls of pretrain.py and finetune_glue.py, each shown in
+<out>/<name>/.jobs/. The same command again continues where it was killed and tries again what failed.
+
+Results: results/<name>/leaderboard.md, and records.jsonl, a line per run and metric, which plots.py draws:
+    python plots.py pareto results/shapes;  python plots.py ablation results/optimizer
+"""
+
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import product
+from pathlib import Path
+from statistics import mean, median
+from typing import IO, Annotated, Literal
+
+import tyro
+
+import finetune_glue
+from corpus import write_atomically
+from leaderboard import leaderboard, short
+from recipes import TrainConfig, check_config, make_presets
+from records import read_jsonl
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+HERE = Path(__file__).parent
+OURS = {"data", "out", "name", "seed", "max_steps", "max_tokens", "max_minutes", "checkpoint_every", "cooldown_from"}
+FIXED = ("data", "budgets", "equal", "no_stem", "flags")
+
+
+@dataclass
+class Config:
+    """A sweep. Under the same name, presets, seeds, variants and fine-tuning can change later; the rest stays."""
+
+    presets: tyro.conf.Positional[tuple[str, ...]]  # of pretrain.py; the first is the base of --equal time
+    name: str = "sweep"  # of the folders in `out` and `results`
+    data: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()  # as pretrain.py's
+    seeds: tuple[int, ...] = (1, 2, 3)  # of pretraining: batches, masks and initial weights
+    budgets: tuple[float, ...] = (2e6, 4e6, 8e6)  # tokens of a run; with --equal flops training FLOPs
+    # tokens: every run of a budget sees as many; flops: as many as the FLOPs buy it; time: as many as it gets through
+    # while the first preset sees the budget, by speeds measured in turns before the sweep starts
+    equal: Literal["tokens", "flops", "time"] = "tokens"
+    vary: tuple[str, ...] = ()  # variants of every preset: NAME:flag=value,flag=value of pretrain.py
+    no_stem: bool = False  # a run of its own for each budget, with the preset's own schedule
+    flags: str = ""  # of every pretrain.py, in quotes
+    finetune: str = ""  # flags of every finetune_glue.py, in quotes; empty: held-out loss only
+    timing_steps: int = 30  # steps of the measurement of speed, for each preset and variant
+    out: str = "runs"
+    results: str = "results"
+    dry_run: bool = False  # measure the speeds, print the jobs and their time, and stop
+
+
+# ----------------------------------------------------------------------------- what to run
+
+
+@dataclass
+class Arm:
+    """A preset, or a variant of one: what is compared."""
+
+    name: str
+    preset: str
+    variant: str  # "" for the preset as it is
+    words: list[str]  # of its command lines
+    cfg: TrainConfig
+    stem: bool  # smaller budgets branch off the largest one's run
+
+    @property
+    def before_cooldown(self) -> Fraction:
+        """Share of a run before the branching point; 1 where nothing branches."""
+        return 1 - Fraction(self.cfg.cooldown).limit_denominator(100) if self.stem else Fraction(1)
+
+
+@dataclass
+class Job:
+    """One call of a script: pretraining, or the fine-tuning of what it made."""
+
+    name: str
+    command: list[str]
+    run: Path
+    arm: Arm
+    seed: int
+    budget: float
+    tokens: int = 0  # to pretrain; 0: a fine-tuning
+    after: str = ""  # name of the job that has to be done before
+
+
+def read_flags(words: list[str]) -> dict[str, list[str]]:
+    """["--lr", "1", "--model.no_bias"] -> {"lr": ["--lr", "1"], "model.bias": ["--model.no_bias"]}."""
+    settings: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("--"):
+            key = re.sub(r"(^|\.)no_", r"\1", word[2:].partition("=")[0])
+            settings[key] = []
+        elif not settings:
+            raise SystemExit(f"error: --flags: {word!r} stands before the first --flag")
+        settings[key].append(word)
+    return settings
+
+
+def read_variant(text: str) -> tuple[str, dict[str, list[str]]]:
+    """ "adamw:optimizer=adamw,lr=2e-3" -> its name and its flags, as read_flags."""
+    name, colon, pairs = text.partition(":")
+    parts = [pair.partition("=") for pair in pairs.split(",")]
+    if not (re.fullmatch(r"[\w.-]+", name) and colon and all(key and eq for key, eq, _ in parts)):
+        raise SystemExit(f"error: --vary {text}: write NAME:flag=value,flag=value, as in adamw:optimizer=adamw,lr=2e-3")
+    words = []
+    for key, _, value in parts:
+        switch = {"True": [f"--{key}"], "False": ["--" + re.sub(r"(\w+)$", r"no_\1", key)]}
+        words += switch.get(value, [f"--{key}", *value.split()])
+    return name, read_flags(words)
+
+
+def make_arms(cfg: Config) -> list[Arm]:
+    """The arms in order: each preset as it is, then its variants. SystemExit (one line) for settings that cannot be."""
+    presets, common = make_presets(), read_flags(shlex.split(cfg.flags))
+    variants = [("", {}), *map(read_variant, cfg.vary)]
+    if unknown := [p for p in cfg.presets if p not in presets]:
+        raise SystemExit(f"error: unknown preset {unknown[0]!r}; choose from {', '.join(presets)}")
+    if not (cfg.presets and cfg.seeds and cfg.budgets):
+        raise SystemExit("error: a sweep needs at least one preset, one seed and one budget")
+    arms = []
+    for preset in cfg.presets:
+        for variant, own in variants:
+            settings = common | own
+            if taken := OURS & set(settings):
+                raise SystemExit(f"error: --{min(taken)} is set by the sweep; leave it out of --flags and --vary")
+            if not cfg.no_stem:
+                settings = {"schedule": ["--schedule", "wsd"]} | settings
+            words = [word for flag in settings.values() for word in flag]
+            config = tyro.extras.overridable_config_cli(presets, args=[preset, *words], use_underscores=True)
+            check_config(config, 1)
+            stem = not cfg.no_stem and config.schedule == "wsd" and len(cfg.budgets) > 1
+            if stem and (config.ramp_from or not config.cooldown):
+                raise SystemExit(
+                    f"error: {preset} {variant}: no branches with a batch ramp or cooldown 0; use --no_stem"
+                )
+            arms.append(Arm(f"{preset}+{variant}" if variant else preset, preset, variant, words, config, stem))
+    if len({arm.name for arm in arms}) < len(arms):
+        raise SystemExit("error: two presets or two variants have the same name")
+    return arms
+
+
+def tokens_of_budgets(cfg: Config, arms: list[Arm], speeds: dict[str, dict]) -> dict[str, dict[float, int]]:
+    """{arm: {budget: tokens}}. Budgets are whole multiples of a unit, and the unit is rounded to whole steps on both
+    sides of the branching point, so that each branches off a checkpoint exactly; with equal tokens, to the same
+    number for all arms. SystemExit (one line) where the rounding would change a budget by more than 5 %."""
+    if any(b != int(b) or b < 1 for b in cfg.budgets) or len(set(cfg.budgets)) < len(cfg.budgets):
+        raise SystemExit("error: --budgets: give different whole numbers, as in 2e6 4e6 8e6")
+    unit = math.gcd(*map(int, cfg.budgets))
+    if max(cfg.budgets) / unit > 100:
+        raise SystemExit(
+            f"error: --budgets have the common unit {unit:,}, so more than 100 checkpoints; choose multiples"
+        )
+    grains = {arm.name: arm.cfg.batch_tokens * arm.before_cooldown.denominator for arm in arms}
+    if cfg.equal == "tokens":
+        grains = dict.fromkeys(grains, math.lcm(*grains.values()))
+    tokens = {}
+    for arm in arms:
+        wanted, grain = unit, grains[arm.name]
+        if cfg.equal != "tokens":
+            wanted *= speeds[arm.name]["ratio"] if cfg.equal == "time" else 1 / speeds[arm.name]["flops_per_token"]
+        n = round(wanted / grain)
+        if abs(n * grain - wanted) > 0.05 * wanted:
+            raise SystemExit(
+                f"error: {arm.name}: the budgets' unit is {wanted:,.0f} tokens, no whole number of steps on both sides "
+                f"of the branching point; choose budgets in multiples of {grain:,} tokens, or larger ones"
+            )
+        tokens[arm.name] = {b: int(b) // unit * n * grain for b in cfg.budgets}
+    return tokens
+
+
+def make_jobs(cfg: Config, arms: list[Arm], speeds: dict[str, dict]) -> list[Job]:
+    """The jobs in the order to run them, seed by seed; a stem before its branches, a model before its fine-tuning."""
+    jobs, tokens = [], tokens_of_budgets(cfg, arms, speeds)
+    for seed, arm in product(cfg.seeds, arms):
+        sizes, stem = tokens[arm.name], None
+        for budget in sorted(sizes, reverse=True):
+            branching = sizes[budget] * arm.before_cooldown  # tokens
+            name = f"{arm.name}-s{seed}-{short(budget)}"
+            run = Path(cfg.out, cfg.name, name)
+            command = pretrain(arm, run)
+            if stem:
+                checkpoint = stem.run / "ckpt" / f"step_{int(branching / arm.cfg.batch_tokens):08d}"
+                command += ["--cooldown_from", str(checkpoint)]
+                job = Job(name, command, run, arm, seed, budget, sizes[budget] - int(branching), stem.name)
+            else:
+                steps = math.gcd(*sizes.values()) * arm.before_cooldown / arm.cfg.batch_tokens
+                every = int(steps) if arm.stem else 0.25
+                command += [*data_flags(cfg), "--max_tokens", str(sizes[budget]), "--seed", str(seed)]
+                command += ["--checkpoint_every", str(every), *arm.words]
+                job = Job(name, command, run, arm, seed, budget, sizes[budget])
+                stem = job if arm.stem else None
+            jobs.append(job)
+            if cfg.finetune:
+                command = [sys.executable, str(HERE / "finetune_glue.py"), str(run), *shlex.split(cfg.finetune)]
+                jobs.append(Job(f"{name}-finetune", command, run, arm, seed, budget, after=name))
+    return jobs
+
+
+def pretrain(arm: Arm, run: Path) -> list[str]:
+    return [sys.executable, str(HERE / "pretrain.py"), arm.preset, "--out", str(run.parent), "--name", run.name]
+
+
+def data_flags(cfg: Config) -> list[str]:
+    return [word for folder in cfg.data for word in ("--data", folder)]
+
+
+# ----------------------------------------------------------------------------- running it
+
+
+def claim(path: Path, wait: bool = False) -> IO | None:
+    """The open file of a lock, or None while somebody else holds it. The lock is gone when the last process that has
+    the file is: a job whose worker was killed is taken again, but not while its script is still running."""
+    file = open(path, "a")  # noqa: SIM115 (open as long as the lock is held)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return file
+    except OSError:
+        file.close()
+        return None
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file's object; {} if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def write_json(path: Path, value: dict) -> None:
+    write_atomically(path, json.dumps(value).encode() + b"\n")
+
+
+def read_log(path: Path) -> list[dict]:
+    """The records of a .jsonl file without its damaged lines; none if it is missing."""
+    return read_jsonl(path)[0] if path.is_file() else []
+
+
+def progress(run: Path) -> dict:
+    """progress.json of the last checkpoint of a run; {} before there is one."""
+    return read_json(max(run.glob("ckpt/step_????????/progress.json"), default=run / "none"))
+
+
+def call(command: list[str], output: Path, lock: IO) -> str:
+    """Runs a script, its output into a file. Returns "" or the line that says why it failed."""
+    torchrun = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_.*|TORCHELASTIC.*)")
+    env = {k: v for k, v in os.environ.items() if not torchrun.fullmatch(k)}
+    if "LOCAL_RANK" in os.environ:  # one GPU for each of torchrun's workers
+        if not (visible := os.environ.get("CUDA_VISIBLE_DEVICES", "")):
+            import torch
+
+            visible = ",".join(map(str, range(torch.cuda.device_count())))
+        gpus = visible.split(",")
+        env["CUDA_VISIBLE_DEVICES"] = gpus[int(os.environ["LOCAL_RANK"]) % len(gpus)]
+    with open(output, "wb") as f:
+        child = subprocess.Popen(command, stdout=f, stderr=f, env=env, pass_fds=(lock.fileno(),))
+        try:
+            code = child.wait()
+        except KeyboardInterrupt:
+            child.terminate()  # pretrain.py saves a checkpoint and leaves
+            child.wait()
+            raise
+    lines = [line.strip() for line in output.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line.strip("│ ") for line in lines if line.startswith("│")][:1] or lines  # what tyro puts into a box
+    errors = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception)\b", line)]
+    return (errors or lines or [f"exit code {code}"])[-1][:300] if code else ""
+
+
+def measure_speeds(cfg: Config, arms: list[Arm], state: Path, launch: str) -> dict[str, dict]:
+    """{arm: tok_per_s of each round, ratio to the first arm's, flops_per_token ..., or error}. Arms not timed before
+    run a few steps, in turns with the first; five rounds where the speeds decide how long the runs are, else one."""
+    path, rounds, steps = state / "speed.json", 5 if cfg.equal == "time" else 1, cfg.timing_steps
+    few = ["--log_every", str(max(1, steps // 6)), "--checkpoint_every", "0.99", "--eval_every", "0.99"]
+    few += ["--max_steps", str(steps), "--pppl_tokens", "0"]
+    with claim(state / "speed.lock", wait=True) as lock:
+        known, words = read_json(path), {arm.name: [*data_flags(cfg), *arm.words] for arm in arms}
+        valid = {k: v for k, v in known.items() if v["words"] == words.get(k) and v.get("failed_in", launch) == launch}
+        new = [arm for arm in arms if arm.name not in valid]
+        group = [arms[0], *[a for a in new if a is not arms[0]]] if new else []
+        turns, about = defaultdict(list), defaultdict(dict)
+        for i, arm in [(i, arm) for i in range(rounds) for arm in group]:
+            if "error" in about[arm.name]:
+                continue
+            print(f"timing {arm.name}, round {i + 1} of {rounds}", flush=True)
+            run = state / "timing" / f"{arm.name}-{i}"
+            shutil.rmtree(run, ignore_errors=True)
+            command = [*pretrain(arm, run), *data_flags(cfg), *arm.words, *few]
+            command += ["--eval_tokens", str(max(8192, arm.cfg.seq_len))]
+            error, log = call(command, state / f"timing-{arm.name}.log", lock), read_log(run / "log.jsonl")
+            speeds = [r["tok_per_s"] for r in log if r.get("type") == "train"][1:]  # the first has the start in it
+            if error or not speeds:
+                about[arm.name] = {"error": error or "no speed: too few --timing_steps", "failed_in": launch}
+                continue
+            turns[arm.name].append(median(speeds))
+            header = next(r for r in log if r.get("type") == "header")
+            about[arm.name] = {k: header.get(k) for k in ("flops_per_token", "n_params", "device", "revision")}
+        shutil.rmtree(state / "timing", ignore_errors=True)
+        for arm in new:
+            known[arm.name] = about[arm.name] | {"words": words[arm.name]}
+            if "error" not in about[arm.name]:
+                ratios = [a / b for a, b in zip(turns[arm.name], turns[arms[0].name])]
+                known[arm.name] |= {"tok_per_s": turns[arm.name], "ratio": median(ratios) if ratios else None}
+        write_json(path, known)
+    return {arm.name: known[arm.name] for arm in arms}
+
+
+def work(jobs: list[Job], state: Path, launch: str) -> dict[str, str]:
+    """Takes jobs until all are done or have failed, whoever runs them. Returns {job: its error}."""
+    waiting, failed = {job.name: job for job in jobs}, {}
+
+    def settled(job: Job) -> bool:
+        mark = read_json(state / f"{job.name}.json")
+        if "error" in mark and mark["launch"] == launch:
+            failed[job.name] = mark["error"]
+        elif job.after in failed:
+            failed[job.name] = f"not run, as {job.after} failed"
+        return job.name in failed or ("error" not in mark and mark.get("command") == job.command)
+
+    while waiting:
+        before = len(waiting)
+        for job in list(waiting.values()):
+            if not settled(job):
+                if job.after in waiting or not (lock := claim(state / f"{job.name}.lock")):
+                    continue
+                with lock:
+                    if not settled(job):  # another worker may have done it between the two looks
+                        started = time.time()
+                        error = call(job.command, state / f"{job.name}.log", lock)
+                        if not error and job.tokens and not progress(job.run).get("finished"):
+                            error = "stopped before its end"
+                        seconds = round(time.time() - started, 1)
+                        mark = {"error": error, "launch": launch} if error else {"seconds": seconds}
+                        write_json(state / f"{job.name}.json", mark | {"command": job.command})
+                        n = len(jobs) - len(waiting) + 1
+                        print(f"{n}/{len(jobs)} {job.name}: {error or f'{seconds:,.0f} s'}", flush=True)
+                    settled(job)
+            del waiting[job.name]
+        if len(waiting) == before:
+            time.sleep(1)  # what is left is being run by others
+    return failed
+
+
+# ----------------------------------------------------------------------------- results
+
+
+def collect(cfg: Config, jobs: list[Job], tasks: list[str]) -> list[dict]:
+    """A row for each finished run and metric. value: loss in nats per masked token of held-out text; accuracy and
+    tasks (all that there are if none is given) as shares of 1, the mean of `values`, one for each fine-tuning seed."""
+    rows = []
+    for job in [job for job in jobs if job.tokens]:
+        done, log = progress(job.run), read_log(job.run / "log.jsonl")
+        header = next((r for r in reversed(log) if r.get("type") == "header"), {})
+        held_out = [r for r in log if r.get("type") == "eval" and r.get("step") == done.get("step")]
+        if not (done.get("finished") and header and held_out):
+            continue
+        row = {"type": "sweep", "run": job.name, "arm": job.arm.name, "preset": job.arm.preset}
+        row |= {"variant": job.arm.variant, "seed": job.seed, "budget": job.budget, "equal": cfg.equal}
+        row |= {k: done.get(k) for k in ("step", "tokens", "train_seconds", "gpu_seconds", "dollars")}
+        row |= {k: header.get(k) for k in ("family", "device", "world_size", "n_params", "revision", "command")}
+        row["flops"] = header["flops_per_token"] * done["tokens"]
+        rows += [row | {"metric": m, "value": held_out[-1][m]} for m in ("loss", "accuracy")]
+        tuned_by = shlex.join(["finetune_glue.py", str(job.run), *shlex.split(cfg.finetune)])
+        for path in sorted(job.run.glob("glue/*.jsonl")) if cfg.finetune else ():
+            # a seed that ran with several settings counts once: as asked for now, else as it ran last
+            found = [r for r in read_jsonl(path)[0] if r["step"] == done["step"] and (not tasks or r["task"] in tasks)]
+            found.sort(key=lambda r: r.get("command") == tuned_by)
+            if last := {r["seed"]: r for r in found}:
+                scores, one = [r["score"] for r in last.values()], next(iter(last.values()))
+                more = {"majority": one.get("majority"), "measures": list(one.get("metrics", {}))}
+                rows.append(row | {"metric": one["task"], "value": mean(scores), "values": scores} | more)
+    return rows
+
+
+# ----------------------------------------------------------------------------- main
+
+
+def announce(cfg: Config, jobs: list[Job], speeds: dict[str, dict], state: Path, workers: int) -> None:
+    """Print how much there is to do and how long it will take; with --dry_run every job too. A fine-tuning takes as
+    long as those before; evaluation while pretraining is not in the estimate."""
+    done = {job.name: read_json(state / f"{job.name}.json").get("seconds") for job in jobs}
+    tuned, left = [done[job.name] for job in jobs if not job.tokens and done[job.name]], []
+    for job in jobs:
+        seconds = job.tokens / median(speeds[job.arm.name]["tok_per_s"]) if job.tokens else median(tuned or [0])
+        if done[job.name] is None:
+            left.append(seconds)
+        if cfg.dry_run:
+            text = "done" if done[job.name] is not None else f"{seconds:,.0f} s" if seconds else "not timed yet"
+            print(f"{job.name} ({text}): {shlex.join(job.command[1:])}")
+    more = f", and {left.count(0)} fine-tunings that were not timed yet" * bool(left.count(0))
+    hours = f"{sum(left) / workers / 3600:.2f} hours without evaluation"
+    print(f"{len(left)} of {len(jobs)} jobs to do, about {hours}{more}", flush=True)
+
+
+def sweep(cfg: Config) -> int:
+    """Run or continue a sweep; returns the exit code. SystemExit (one line) for bad input."""
+    rank, workers = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    # what failed is tried once in a launch, and torchrun's workers are one launch: they have their parent in common
+    launch = f"{os.getppid() if workers > 1 else os.getpid()} {os.environ.get('MASTER_PORT', '')}"
+    if fcntl is None:
+        raise SystemExit("error: sweep.py needs the file locks of Linux and macOS; on Windows run it in WSL")
+    if not re.fullmatch(r"\w[\w.-]*", cfg.name):
+        raise SystemExit(f"error: --name {cfg.name!r} names folders: use letters, digits, . _ and -")
+    arms, state = make_arms(cfg), Path(cfg.out, cfg.name, ".jobs")
+    if cfg.equal == "tokens":
+        tokens_of_budgets(cfg, arms, {})  # refuses budgets that cannot be, before the speeds are measured
+    flags = dict(args=["run", *shlex.split(cfg.finetune)], use_underscores=True)
+    tune = tyro.cli(finetune_glue.Config, **flags, config=(tyro.conf.FlagCreatePairsOff,))  # refuses what is misspelt
+    tasks = tune.task.split(",") if tune.task and not tune.eval else []
+    state.mkdir(parents=True, exist_ok=True)
+    with claim(state / "sweep.lock", wait=True):
+        old, now = read_json(state / "sweep.json"), json.loads(json.dumps({k: getattr(cfg, k) for k in FIXED}))
+        if differ := "; ".join(f"--{k} {v} -> {now[k]}" for k, v in old.items() if now[k] != v):
+            raise SystemExit(f"error: {state.parent} holds a sweep with {differ}; give this one another --name")
+        if not cfg.dry_run:
+            write_json(state / "sweep.json", now)
+    speeds = measure_speeds(cfg, arms, state, launch)
+    failed = {f"timing {name}": s["error"] for name, s in speeds.items() if "error" in s}
+    if f"timing {arms[0].name}" in failed and cfg.equal == "time":
+        raise SystemExit(f"error: the first preset cannot be timed: {failed[f'timing {arms[0].name}']}")
+    jobs = make_jobs(cfg, [arm for arm in arms if "error" not in speeds[arm.name]], speeds)
+    if rank == 0:
+        announce(cfg, jobs, speeds, state, workers)
+    if cfg.dry_run:
+        return int(bool(failed))
+    failed |= work(jobs, state, launch)
+    if rank:
+        return 0
+    rows, folder = collect(cfg, jobs, tasks), Path(cfg.results, cfg.name)
+    if rows:
+        folder.mkdir(parents=True, exist_ok=True)
+        keep = ("tok_per_s", "ratio", "flops_per_token", "n_params", "device", "revision")
+        timed = [(arm.name, s) for arm in arms if "error" not in (s := speeds[arm.name])]
+        rows = [*[{"type": "speed", "arm": name} | {k: s[k] for k in keep} for name, s in timed], *rows]
+        write_atomically(folder / "records.jsonl", "".join(json.dumps(r) + "\n" for r in rows).encode())
+        report = leaderboard(rows, failed, cfg.name, shlex.join(["python", "sweep.py", *sys.argv[1:]]))
+        write_atomically(folder / "leaderboard.md", report.encode())
+        print(f"\n{report}\nwritten: {folder}/leaderboard.md, {folder}/records.jsonl")
+    for job, error in failed.items():
+        print(f"failed: {job}: {error}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def main() -> None:
+    """Command line: presets first, then any setting."""
+
+    def stop(signum, frame):
+        raise KeyboardInterrupt
+
+    cfg = tyro.cli(Config, description=__doc__, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        raise SystemExit(sweep(cfg))
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command continues") from None
+    except OSError as e:
+        raise SystemExit(f"error: {e.filename or 'a file'}: {e.strerror}") from None
+
+
+if __name__ == "__main__":
+    main()
