@@ -16,7 +16,7 @@ RUNS := runs/$(RUN)
 TRAIN_FLAGS = --data $(DATA) --seq_len 32 --max_minutes $(MINUTES) --checkpoint_every 0.25
 ifeq ($(TASK),word-order)
 EXAMPLES = 4000
-TASK_FLAGS = --task word-order --train $(DATA)/task/train.tsv --dev $(DATA)/task/dev.tsv
+TASK_FLAGS = --task $(DATA)/task/train.tsv --eval $(DATA)/task/dev.tsv --task_name word-order
 else
 EXAMPLES = 0
 TASK_FLAGS = --task $(TASK) $(if $(GLUE_DIR),--glue_dir $(GLUE_DIR))

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,12 +28,10 @@ FORMAT = 1  # version of the data folder and of tokenizer.meta.json
 SPECIALS = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
 N_FIXED = len(SPECIALS) + 256  # ids every vocabulary of ours has
 # One pattern for the trainer (Oniguruma) and for tiktoken (Rust): contractions, words with their leading space, numbers
-# in groups of three digits, punctuation, white space of which the last space goes to the word behind it. White space
-# is bounded: with \s+(?!\S) a run of a million spaces overflows tiktoken's stack.
-PATTERN = (
-    r"['’](?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])| ?[\p{L}\p{M}]+| ?\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{M}\p{N}]+|\s{1,32}(?!\S)|\s{1,32}"
-)
+# in groups of three digits, punctuation, white space. GPT-2's \s+(?!\S) hands the last of several spaces to the word
+# behind them; a look-ahead costs a third of tiktoken's speed (35 against 50 MB/s), overflows its stack on a run of a
+# million spaces, and changes the number of tokens by less than 0.1 % (C4, Wikipedia, IMDB).
+PATTERN = r"['’](?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])| ?[\p{L}\p{M}]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+|\s{1,32}"
 
 
 class BadInput(ValueError):
@@ -224,7 +223,8 @@ class Tokenizer:
         if threads <= 1:
             return [one(text) for text in texts]
         with ThreadPoolExecutor(threads) as pool:  # tiktoken releases the GIL
-            return list(pool.map(one, texts))
+            shares = [texts[i * len(texts) // threads : (i + 1) * len(texts) // threads] for i in range(threads)]
+            return [ids for found in pool.map(lambda share: [one(t) for t in share], shares) for ids in found]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; special tokens are skipped, bytes that are no UTF-8 become U+FFFD."""
@@ -240,7 +240,38 @@ class Tokenizer:
         return (self.hf.id_to_token(token_id) or "") if self.hf else self.decode([token_id])
 
 
-# ---------------------------------------------------------------------------------------------------------- reader
+# ---------------------------------------------------------------------------------------------------------- shards
+class ShardWriter:
+    """One .bin/.idx pair, streamed to disk under a temporary name."""
+
+    def __init__(self, stem: Path):
+        self.stem, self.offsets, self.bytes, self.sha = stem, array("q", [0]), 0, hashlib.sha256()
+        self.file = open(f"{stem}.bin.tmp", "wb")  # noqa: SIM115
+
+    def add(self, ids: np.ndarray, n_bytes: int) -> None:
+        data = ids.astype("<u2", copy=False).tobytes()
+        self.file.write(data)
+        self.sha.update(data)
+        self.offsets.append(self.offsets[-1] + len(ids))
+        self.bytes += n_bytes
+
+    def close(self) -> dict:
+        """Make both files durable under their names; -> counts and checksums."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        os.replace(f"{self.stem}.bin.tmp", f"{self.stem}.bin")
+        idx = np.asarray(self.offsets, dtype="<i8").tobytes()
+        write_atomically(Path(f"{self.stem}.idx"), idx)
+        return {
+            "documents": len(self.offsets) - 1,
+            "tokens": self.offsets[-1],
+            "bytes": self.bytes,
+            "bin_sha256": self.sha.hexdigest(),
+            "idx_sha256": hashlib.sha256(idx).hexdigest(),
+        }
+
+
 class Corpus:
     """Memory-mapped documents of one split of a prepared folder: len(c), c[i], c.lengths.
 

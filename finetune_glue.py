@@ -3,12 +3,13 @@
     python finetune_glue.py runs/mosaic-base                                   # the eight tasks, from the hub
     python finetune_glue.py runs/mosaic-base --task RTE,CoLA --glue_dir glue   # official .tsv files, or parquet
     python finetune_glue.py runs/a runs/b --task SST-2 --checkpoints all --from_scratch       # for a Pareto plot
-    python finetune_glue.py runs/a --task spam --train train.tsv --dev dev.tsv --predict new.tsv       # any task
-    torchrun --nproc_per_node 8 finetune_glue.py runs/mosaic-base              # 8 workers, one queue of jobs
+    python finetune_glue.py runs/a --task spam/train.tsv --eval spam/dev.tsv --predict new.tsv         # any task
+    torchrun --nproc_per_node 8 finetune_glue.py runs/mosaic-base              # 8 workers (GPUs, cores), one queue
 
 A start is a run folder (its latest checkpoint), a checkpoint folder, a folder with official MosaicBERT or Hugging Face
 BERT weights and their tokenizer.json, or with --hf any encoder that transformers knows. Each finished job (start, task,
-seed) is a line of <run>/glue/<task>.jsonl; the same command again does what is missing and prints the table again.
+seed) is a line of <run>/glue/<task>.jsonl; the same command again does what is missing and prints the table again. A
+task of one's own also gets its answers to --eval, in <run>/glue/predictions.
 
 Expect: published 8-task means on the dev sets are 84.3 for MosaicBERT-Base after 70,000 steps on C4, 83.5 for BERT-Base
 (Portes et al. 2023). Scores of this code's own checkpoints, and GPU minutes: not measured yet.
@@ -59,10 +60,10 @@ class Config:
     from_scratch: bool = False  # also start from random weights of the same shape: what is pretraining worth?
     hf: str = ""  # also start from these transformers encoders (folder or hub name, comma separated), same harness
 
-    task: str = ""  # GLUE tasks, comma separated, default all eight; with --train the name of your own
+    task: str = ""  # GLUE names, comma separated, default all eight; or your own training file: .tsv, .jsonl, .parquet
     glue_dir: str = ""  # folder with <task>/train.tsv, dev.tsv, test.tsv; default: nyu-mll/glue from the hub
-    train: str = ""  # your own task: .tsv with a header (no quoting), .jsonl or .parquet
-    dev: str = ""  # ... and what it is evaluated on
+    eval: str = ""  # your own task: the file it is evaluated on; a .tsv has a header and no quoting
+    task_name: str = ""  # ... its name in records and plots; default: the training file's, or its folder's for train.*
     text_columns: str = ""  # ... one or two; default sentence1,sentence2, or sentence
     label_column: str = "label"
     regression: bool = False  # the label is a number: loss MSE, metrics Spearman and Pearson
@@ -79,6 +80,7 @@ class Config:
     max_len: int = 256  # tokens of an example with [CLS] and [SEP]; the longer of two texts is cut first
     no_mnli_start: bool = False  # RTE, MRPC and STS-B start from the checkpoint like the others
 
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: on for CUDA; a small encoder's job on a CPU is over sooner
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bf16 where the hardware multiplies it
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
@@ -168,6 +170,25 @@ def train(model: nn.Module, data: Encoded, y: np.ndarray, recipe: Recipe, seed: 
         yield mean
 
 
+def compile_model(model: nn.Module, data: Encoded, dtype: torch.dtype) -> float:
+    """torch.compile `model` in place for every T, B and max_seqlen, and compile now, with a forward and backward and a
+    forward in evaluation for nothing. Returns the seconds it took. Weights and random numbers stay as they were."""
+    began, device = time.perf_counter(), next(model.parameters()).device
+    # two graphs for each shape of encoder and number of classes; the default of 8 would end in silent eager calls
+    torch._dynamo.config.recompile_limit = 64
+    model.compile(dynamic=True)
+    batch = data.batch(np.arange(min(16, len(data.first))), device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for training in (True, False):
+            model.train(training)
+            with torch.set_grad_enabled(training), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                logits = model(**batch).float()
+            if training:
+                logits.sum().backward()
+    model.zero_grad(set_to_none=True)
+    return round(time.perf_counter() - began, 3)
+
+
 @torch.no_grad()
 def predict(model: nn.Module, data: Encoded, dtype: torch.dtype) -> np.ndarray:
     """Logits (n, n_labels) float32, in the order of the examples; batches of like lengths, 16,384 tokens each."""
@@ -201,8 +222,8 @@ class Start:
 
 
 def find_starts(cfg: Config) -> list[Start]:
-    """The starts asked for. ValueError (one line) for a folder without any, for a step that is not there, and for a
-    checkpoint that does not fit the tokenizer beside it."""
+    """The starts asked for, each once. ValueError (one line) for a folder without any, for a step that is not there,
+    for two starts of one name, and for a checkpoint that does not fit the tokenizer beside it."""
     starts = []
     for path in map(Path, cfg.runs):
         if (path / "config.json").is_file() and not (path / "ckpt").is_dir():
@@ -225,7 +246,11 @@ def find_starts(cfg: Config) -> list[Start]:
             progress = folder / "progress.json"
             progress = json.loads(progress.read_text()) if progress.is_file() else {}
             starts.append(Start(folder, run / "glue", run.resolve().name, name, progress))
-            n, tokenizer = json.loads((folder / "config.json").read_text()).get("vocab_size"), Tokenizer.load(folder)
+            try:
+                n = json.loads((folder / "config.json").read_text()).get("vocab_size")
+            except ValueError:
+                raise ValueError(f"{folder}/config.json is damaged: not JSON") from None
+            tokenizer = Tokenizer.load(folder)
             # ours state the exact size, official ones may have rounded it up to a multiple of 64 or 128
             if not n or not tokenizer.vocab_size <= n < tokenizer.vocab_size + 128:
                 raise ValueError(f"{folder}: the model has {n} tokens, the tokenizer there {tokenizer.vocab_size}")
@@ -233,11 +258,18 @@ def find_starts(cfg: Config) -> list[Start]:
             nothing = dict(step=0, tokens=0, train_seconds=0.0, gpu_seconds=0.0, dollars=0.0)
             starts.append(replace(starts[-1], checkpoint="random", progress=starts[-1].progress | nothing))
     for name in filter(None, cfg.hf.split(",")):
+        from hf_encoder import HFTokenizer  # transformers takes seconds to import
+
+        HFTokenizer(name)  # refuses what cannot work before the first job
         local = Path(name).is_dir()
         run = f"{Path(name).resolve().name if local else name.replace('/', '--')}-transformers"  # not our own BERT's
         starts.append(Start(Path(name), (Path(name) if local else Path("runs", run)) / "glue", run, run, hf=name))
     if not starts:
         raise ValueError("give a run folder, or a folder with config.json and weights; --help shows everything")
+    starts = list({(s.out.resolve(), s.run, s.checkpoint): s for s in starts}.values())  # named twice, run once
+    names = [s.name for s in starts]
+    if twins := [s for s in starts if names.count(s.name) > 1]:
+        raise ValueError(f"{twins[0].out.parent} and {twins[1].out.parent} are both called {twins[0].name}; rename one")
     return starts
 
 
@@ -245,18 +277,20 @@ def load_model(start: Start, weights: Path, n_labels: int, dropout: float | None
     """Classifier from the folder `weights` (the start's, or that of its MNLI model); its last layer is always new."""
     torch.manual_seed(seed)
     if start.hf:
-        from hf_encoder import HFClassifier  # transformers takes seconds to import
+        from hf_encoder import HFClassifier
 
-        return HFClassifier(start.hf if weights == start.folder else str(weights), n_labels, dropout)
-    kinds = ("embedding", "output", "mlp", "classifier") if dropout is not None else ()
-    overrides = {f"{kind}_dropout": dropout for kind in kinds}
-    model = SequenceClassifier.from_pretrained(weights, n_labels=n_labels, **overrides)
-    if start.checkpoint == "random" and weights == start.folder:
-        torch.manual_seed(seed)
-        return SequenceClassifier(model.cfg, n_labels)
-    if "classifier.weight" not in model.new_keys:  # what its classes were means nothing to this task
-        nn.init.normal_(model.classifier.weight, std=0.02)
-        nn.init.zeros_(model.classifier.bias)
+        model = HFClassifier(start.hf if weights == start.folder else str(weights), n_labels, dropout)
+    else:
+        kinds = ("embedding", "output", "mlp", "classifier") if dropout is not None else ()
+        overrides = {f"{kind}_dropout": dropout for kind in kinds}
+        model = SequenceClassifier.from_pretrained(weights, n_labels=n_labels, **overrides)
+        if start.checkpoint == "random" and weights == start.folder:
+            torch.manual_seed(seed)
+            return SequenceClassifier(model.cfg, n_labels)
+        if "classifier.weight" in model.new_keys:
+            return model
+    nn.init.normal_(model.classifier.weight, std=0.02)  # what its classes were means nothing to this task
+    nn.init.zeros_(model.classifier.bias)
     return model
 
 
@@ -348,7 +382,7 @@ def make_jobs(cfg: Config, starts: list[Start], data: dict[str, Data], about: di
     jobs = []
     asked = {k: v for k in ("lr", "weight_decay", "epochs", "batch_size") if (v := getattr(cfg, k)) is not None}
     majorities = {name: glue.majority(d) for name, d in data.items()}
-    to_predict = {name: outputs(cfg, d.task) for name, d in data.items()}
+    to_predict = {name: outputs(cfg, d) for name, d in data.items()}
     for start in starts:
         mnli = start.out / "mnli" / Path(start.checkpoint).name
         cost = start.progress
@@ -375,20 +409,22 @@ def make_jobs(cfg: Config, starts: list[Start], data: dict[str, Data], about: di
                 job = Job(start, d, seed, recipe, record, mnli if from_mnli else start.folder, after * from_mnli)
                 if name == "MNLI" and seed == seeds[0] and not cfg.no_mnli_start:
                     job.keep, after = mnli, identity(record)
-                if cfg.predict or seed == seeds[0]:
+                if not cfg.submission or seed == seeds[0]:
                     place = start.out / "predictions" / f"{name}_{Path(start.checkpoint).name}_seed{seed}"
                     job.outputs = {Path(str(p).replace("*", str(place))): s for p, s in to_predict[name].items()}
                 jobs.append(job)
     return sorted(jobs, key=lambda j: (j.after != "", j.keep is None, -len(j.data.train.lines) * j.recipe.epochs))
 
 
-def outputs(cfg: Config, task: Task) -> dict[Path, Split]:
+def outputs(cfg: Config, data: Data) -> dict[Path, Split]:
     """Files to write for a task and the rows they are about; "*" stands for the job."""
-    if cfg.predict:
-        path = Path(cfg.predict)
-        return {Path(f"*_{path.stem}.tsv"): glue.read_split(path, task, labelled=False)}
+    task = data.task
     if not cfg.submission:
-        return {}
+        answers = {Path("*.tsv"): data.devs["dev"]} if cfg.eval else {}
+        if cfg.predict:
+            path = Path(cfg.predict)
+            answers[Path(f"*_{path.stem}.tsv")] = glue.read_split(path, task, labelled=False)
+        return answers
     names = {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm"}
     sources = {names.get(s, task.name): glue.locate(cfg.glue_dir, task.name, s) for s in task.splits("test")}
     if task.name == "MNLI" and (not isinstance(ax := glue.locate(cfg.glue_dir, "AX", "test"), Path) or ax.is_file()):
@@ -414,8 +450,9 @@ def run_job(job: Job, cfg: Config, device: torch.device, dtype: torch.dtype, cac
     model = load_model(start, job.weights, len(task.labels) or 1, cfg.dropout, job.seed).to(device)
     tokenizer = load_tokenizer(start)
     max_len = cfg.max_len
-    if not start.hf and model.cfg.position == "learned" and model.cfg.max_positions < max_len:
-        max_len = model.cfg.max_positions
+    if start.hf or model.cfg.position == "learned":
+        max_len = min(max_len, model.n_positions if start.hf else model.cfg.max_positions)
+    if max_len < cfg.max_len:
         print(f"{start.name}: texts are cut at its {max_len} learned positions, not at --max_len {cfg.max_len}")
 
     def encoded(split: Split) -> Encoded:
@@ -427,6 +464,8 @@ def run_job(job: Job, cfg: Config, device: torch.device, dtype: torch.dtype, cac
     title = f"{task.name} · {start.name} · seed {job.seed}"
     steps = math.ceil(len(y["train"]) / job.recipe.batch_size) * job.recipe.epochs
     train_set, history = encoded(job.data.train), []
+    compiled = cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda")
+    compile_seconds = compile_model(model, train_set, dtype) if compiled else None
     began = said = time.perf_counter()
     with tqdm(total=steps, desc=title, leave=False, disable=not show_bar) as bar:
         for loss in train(model, train_set, y["train"], job.recipe, job.seed, dtype, bar):
@@ -448,6 +487,7 @@ def run_job(job: Job, cfg: Config, device: torch.device, dtype: torch.dtype, cac
         shutil.rmtree(job.keep, ignore_errors=True)
         unfinished.rename(job.keep)
     job.record |= {"metrics": metrics, "score": score, "history": history, "finetune_seconds": seconds}
+    job.record |= {"compile_seconds": compile_seconds}  # not part of finetune_seconds; null: not compiled
     job.record |= {"predictions": {str(path): fingerprint(path, rows) for path, rows in job.outputs.items()}}
     append_record(job.path, job.record | {"time": datetime.now(UTC).isoformat(timespec="seconds")})
     source = "its MNLI model" if job.after else "random weights" if start.checkpoint == "random" else "the checkpoint"
@@ -462,7 +502,7 @@ def integers(flag: str, text: str) -> list[int]:
     """ "19,8364" -> [19, 8364]."""
     if not re.fullmatch(r"\d+(,\d+)*", text):
         raise ValueError(f"--{flag} {text}: give whole numbers, comma separated")
-    return [int(part) for part in text.split(",")]
+    return list(dict.fromkeys(int(part) for part in text.split(",")))
 
 
 def pick_tasks(cfg: Config) -> dict[Task, dict[str, Any]]:
@@ -470,30 +510,34 @@ def pick_tasks(cfg: Config) -> dict[Task, dict[str, Any]]:
     for name, least in (("max_len", 8), ("epochs", 1), ("batch_size", 1), ("lr", 0.0), ("weight_decay", 0.0)):
         if (value := getattr(cfg, name)) is not None and value < least:
             raise ValueError(f"--{name} {value}: give at least {least}")
-    if bool(cfg.train) != bool(cfg.dev):
-        raise ValueError("--train and --dev belong together: what to learn from, and what to evaluate on")
-    if not cfg.train:
-        names = cfg.task.split(",") if cfg.task else list(glue.TASKS)
-        if unknown := [name for name in names if name not in glue.TASKS]:
+    path = Path(cfg.task).resolve()
+    names = cfg.task.split(",") if cfg.task else list(glue.TASKS)
+    unknown = [name for name in names if name not in glue.TASKS]
+    if (cfg.eval and not unknown) or (path.suffix in glue.KINDS and not cfg.eval):
+        raise ValueError("a task of your own takes both files: --task path/to/train.tsv --eval path/to/dev.tsv")
+    if not cfg.eval:
+        if own := [name for name in ("task_name", "text_columns", "regression") if getattr(cfg, name)]:
+            raise ValueError(f"--{own[0]} is for a task of your own: --task path/to/train.tsv --eval path/to/dev.tsv")
+        if unknown:
             known = ", ".join(glue.TASKS)
-            raise ValueError(f"unknown task {unknown[0]!r}; known: {known}; for your own give --train and --dev")
+            raise ValueError(f"unknown task {unknown[0]!r}; known: {known}, or a {', '.join(glue.KINDS)} file")
         tasks = {
             glue.TASKS[n]: {s: glue.locate(cfg.glue_dir, n, s) for s in ("train", *glue.TASKS[n].splits("dev"))}
             for n in names
         }
     else:
-        name = cfg.task or Path(cfg.train).resolve().parent.name
-        if name in glue.TASKS or set(name) & set(",*/"):
-            raise ValueError(f"--task {name}: your own task needs a name that is not one of GLUE's, without , * /")
+        name = cfg.task_name or (path.parent.name if path.stem == "train" else path.stem)
+        if not name or name in glue.TASKS or set(name) & set(",*/\\"):
+            raise ValueError(f"{name!r} cannot name your task: give a --task_name without , * / that is not GLUE's")
         columns = (tuple(cfg.text_columns.split(",")),) if cfg.text_columns else (glue.PAIR, ("sentence",))
         if len(columns[0]) > 2:
             raise ValueError(f"--text_columns {cfg.text_columns}: at most two")
         metrics = ("spearman",) if cfg.regression else ("accuracy",)
         task = Task(name, glue.OWN, columns, (cfg.label_column,), metrics=metrics)
-        tasks = {task: {"train": Path(cfg.train), "dev": Path(cfg.dev)}}
+        tasks = {task: {"train": Path(cfg.task), "dev": Path(cfg.eval)}}
     if cfg.predict and len(tasks) > 1:
         raise ValueError("--predict needs one --task: the rows are of one kind")
-    if cfg.submission and (cfg.train or cfg.predict):
+    if cfg.submission and (cfg.eval or cfg.predict):
         raise ValueError("--submission is for GLUE's own tasks, and without --predict")
     return tasks
 
@@ -542,7 +586,7 @@ def main(args: list[str] | None = None) -> None:
     cfg = tyro.cli(Config, args=args, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
     try:
         finetune(cfg)
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         raise SystemExit(f"error: {e}") from None
 
 

@@ -9,7 +9,7 @@ import math
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,7 @@ PUBLISHED = {
 
 # ----------------------------------------------------------------------------- reading
 
+KINDS = (".tsv", ".jsonl", ".parquet")
 Source = Path | tuple[str, str]  # a file, or (config, split) of nyu-mll/glue on the hub
 FRACTION = re.compile(r"[-+]?(\d*\.\d+|\d+\.)(e[-+]?\d+)?|nan", re.IGNORECASE)
 
@@ -103,8 +104,8 @@ class Split:
     texts: list[list[str]]  # one or two columns of n strings
     labels: list[Any]  # n raw values; empty when the rows have none
     lines: list[int]  # n line numbers
-    n_broken: int = 0  # rows left out: a column or the label is missing
-    n_empty: int = 0  # rows with an empty text, which are kept
+    broken: list[int] = field(default_factory=list)  # lines left out: a text or the label is missing
+    empty: list[int] = field(default_factory=list)  # lines with an empty text, which are kept
 
     def digest(self, start: int = 0) -> int:
         """crc32 of every text and label."""
@@ -159,10 +160,10 @@ def read_table(source: Source, header: list[str] | None = None) -> tuple[list[st
         except (OSError, ValueError) as e:
             raise ValueError(f"{source} is not a parquet file ({e})") from None
         return list(columns), enumerate(zip(*columns.values()), 1)
-    if source.suffix not in (".tsv", ".jsonl"):
-        raise ValueError(f"{source}: unknown kind of file; give .tsv, .jsonl or .parquet")
-    try:  # utf-8-sig: MRPC's original files begin with a byte order mark
-        lines = source.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+    if source.suffix not in KINDS:
+        raise ValueError(f"{source}: unknown kind of file; give {', '.join(KINDS)}")
+    try:  # utf-8-sig: MRPC's original files begin with a byte order mark; a lone \r inside a text ends no line
+        lines = source.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").rstrip("\n").split("\n")
     except UnicodeDecodeError as e:
         raise ValueError(f"{source} is not UTF-8 text (byte {e.start})") from None
     if lines == [""]:
@@ -195,14 +196,18 @@ def read_split(source: Source, task: Task, labelled: bool = True) -> Split:
     split = Split(where, [[] for _ in texts], [], [])
     for line, row in rows:
         values = [row[i] if i < len(row) else None for i in at]
-        if None in values or (label and str(values[-1]).strip() in ("", "-")):  # "-": MNLI's raters disagreed
-            if not task.sizes:
-                raise ValueError(f"{where}:{line}: this row lacks a text or its label")
-            split.n_broken += 1
+        no_label = ("", "-") if task.name == "MNLI" else ("",)  # "-": MNLI's raters disagreed
+        if None in values or (label and str(values[-1]).strip() in no_label):
+            if not (task.sizes and labelled):  # a test row cannot be left out: every row is to be answered
+                raise ValueError(f"{where}:{line}: this row lacks a text{' or its label' * labelled}")
+            split.broken.append(line)
             continue
+        if len(row) > len(names) and not task.sizes:
+            raise ValueError(f"{where}:{line}: {len(row)} columns, the header has {len(names)}; a tab inside a text?")
         for column, text in zip(split.texts, values):
             column.append(str(text))
-        split.n_empty += not all(str(text).strip() for text in values[: len(texts)])
+        if not all(str(text).strip() for text in values[: len(texts)]):
+            split.empty.append(line)
         split.labels += values[len(texts) :]
         split.lines.append(line)
     if not split.lines:
@@ -264,10 +269,12 @@ def load_data(task: Task, sources: dict[str, Source]) -> Data:
     notes, digest = [about], 0
     for name, split in splits.items():
         digest = split.digest(digest)
-        if split.n_broken:
-            notes.append(f"{split.where}: {split.n_broken:,} broken rows (a text or the label is missing) left out")
-        if split.n_empty:
-            notes.append(f"{split.where}: {split.n_empty:,} rows with an empty text, kept")
+        for lines, what in (
+            (split.broken, "broken rows (a text or the label is missing) left out"),
+            (split.empty, "rows with an empty text, kept"),
+        ):
+            if lines:
+                notes.append(f"{split.where}: {len(lines):,} {what}; the first in line {lines[0]:,}")
         if absent := [label for i, label in enumerate(task.labels) if i not in y[name]]:
             notes.append(f"warning: {split.where} has no row of class {', '.join(absent[:8])}")
     return Data(task, splits.pop("train"), splits, y, official, f"{digest:08x}", notes)

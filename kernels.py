@@ -44,6 +44,9 @@ except ImportError:  # macOS, Windows: the decorators below must still parse, no
         constexpr = None
 
 
+if tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 11):
+    raise SystemExit(f"error: kernels.py needs torch >= 2.11, found {torch.__version__}: see requirements.txt")
+
 LOG2E = math.log2(math.e)
 FUSION = {"enable_fp_fusion": True}  # a * b + c in one instruction and rounding; triton 3.10 no longer does by itself
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"  # triton itself reads it when it is imported
@@ -75,6 +78,12 @@ def _use_triton(x: Tensor, backend: str = "auto") -> bool:
     if x.device.type != "cuda" and not INTERPRET:
         raise ValueError(f'kernels: backend="triton" needs a CUDA tensor, this one is on {x.device.type}')
     return True
+
+
+def _check_dtype(name: str, x: Tensor, use_triton: bool) -> None:
+    dtypes = [torch.float32, torch.bfloat16, torch.float16] + [torch.float64] * (not use_triton)
+    if x.dtype not in dtypes:
+        raise ValueError(f"{name} is {str(x.dtype)[6:]}; supported are {', '.join(str(d)[6:] for d in dtypes)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,11 +171,21 @@ def _merge_heads_into(out: Tensor, x: Tensor, rows: Tensor, valid: Tensor | None
         out[rows[valid]] = x[valid]
 
 
-def _dropout_mask(like: Tensor, dropout_p: float, generator: torch.Generator | None) -> Tensor | None:
+def keep_mask(like: Tensor, dropout_p: float, generator: torch.Generator | None = None) -> tuple[Tensor, float]:
+    """Dropout's mask: (bool like `like`, False with probability dropout_p rounded to 2^-16; the factor on what stays).
+
+    16 random bits decide, cut from 64: a CPU draws those several times as fast as as many floats."""
+    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
+    bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: like.numel()]
+    dropped = round(dropout_p * 2**16)  # of 2^16
+    return (bits >= dropped - 2**15).view(like.shape), 2**16 / (2**16 - dropped)
+
+
+def _dropout_mask(like: Tensor, generator: torch.Generator | None, dropout_p: float) -> Tensor | None:
     if generator is None:
         return None
-    keep = torch.rand(like.shape, generator=generator, dtype=torch.float32, device=like.device) >= dropout_p
-    return keep.to(like.dtype).div_(1 - dropout_p)
+    keep, factor = keep_mask(like, dropout_p, generator)
+    return keep.to(like.dtype).mul_(factor)
 
 
 def _generator(seed: Tensor | None, dropout_p: float, device: torch.device) -> torch.Generator | None:
@@ -190,7 +209,7 @@ def _attention_reference(qkv, cu_seqlens, slopes, dropout_p, seed):
             p.sub_(m).exp_()
             total = p.sum(-1, keepdim=True)
             row_lse.append((m + total.log()) * LOG2E)
-            mask = _dropout_mask(p, dropout_p, generator)
+            mask = _dropout_mask(p, generator, dropout_p)
             p = p if mask is None else p.mul_(mask)
             o.append(_wide(p.to(dtype) @ v) / total)
         _merge_heads_into(out, torch.cat(o, 2), rows, valid)
@@ -218,7 +237,7 @@ def _attention_backward_reference(dout, qkv, out, lse, cu_seqlens, slopes, dropo
         for i0 in range(0, s, chunk):
             i = slice(i0, i0 + chunk)
             p = _group_scores(q[:, :, i], k, slopes, valid, i0).sub_(row_lse[:, :, i]).exp_()
-            mask = _dropout_mask(p, dropout_p, generator)
+            mask = _dropout_mask(p, generator, dropout_p)
             dv += (p if mask is None else p * mask).to(dtype).transpose(-1, -2) @ do[:, :, i]
             ds = _wide(do[:, :, i] @ v.transpose(-1, -2))
             ds = (ds if mask is None else ds.mul_(mask)).sub_(delta[:, :, i]).mul_(p).to(dtype)
@@ -258,10 +277,8 @@ def _load_rows(
     """A (ROWS, DP) tile at `base`; if MASKED, rows from n on are zero."""
     r = tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, DP)[None, :]
-    if MASKED:
-        x = tl.load(base + r * stride + c, mask=(r < n) & (c < D), other=0.0)
-    elif D < DP:
-        x = tl.load(base + r * stride + c, mask=(r >= 0) & (c < D), other=0.0)
+    if MASKED or D < DP:
+        x = tl.load(base + r * stride + c, mask=((r < n) if MASKED else (r >= 0)) & (c < D), other=0.0)
     else:
         x = tl.load(base + r * stride + c)
     if UP:
@@ -294,6 +311,23 @@ def _locate(cu_seqlens, tiles, n_tiles, H: tl.constexpr, BLOCK: tl.constexpr, SP
     return head.to(tl.int64), first.to(tl.int64), n, tile * BLOCK
 
 
+@triton.jit
+def _one_tile(
+    qkv, slopes, first, head, n, stride, scale, ALIBI: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr,
+):  # fmt: skip
+    """q, k, v (BLOCK, DP) of one head of a whole document, and its scores (BLOCK, BLOCK)."""
+    base = qkv + first * stride + head * D
+    q = _load_rows(base, stride, n, BLOCK, D, DP, True, UP)
+    k = _load_rows(base + H * D, stride, n, BLOCK, D, DP, True, UP)
+    v = _load_rows(base + 2 * H * D, stride, n, BLOCK, D, DP, True, UP)
+    s = tl.dot(q, tl.trans(k), input_precision=PREC) * scale
+    if ALIBI:
+        x = tl.arange(0, BLOCK).to(tl.float32)
+        s -= tl.load(slopes + head) * 1.4426950408889634 * tl.abs(x[:, None] - x[None, :])
+    return q, k, v, s
+
+
 @triton.jit(do_not_specialize=["n_tokens", "n_tiles"])
 def _attn_fwd_one_tile(
     qkv, out, lse, cu_seqlens, tiles, slopes, n_tokens, stride, n_tiles, scale,
@@ -304,20 +338,13 @@ def _attn_fwd_one_tile(
     head, first, n, i0 = _locate(cu_seqlens, tiles, n_tiles, H, BLOCK, SPLIT)
     if i0 >= n:
         return
-    base = qkv + first * stride + head * D
-    q = _load_rows(base, stride, n, BLOCK, D, DP, True, UP)
-    k = _load_rows(base + H * D, stride, n, BLOCK, D, DP, True, UP)
-    v = _load_rows(base + 2 * H * D, stride, n, BLOCK, D, DP, True, UP)
+    _q, _k, v, s = _one_tile(qkv, slopes, first, head, n, stride, scale, ALIBI, H, BLOCK, D, DP, PREC, UP)
     i = tl.arange(0, BLOCK)
-    s = tl.dot(q, tl.trans(k), input_precision=PREC) * scale
-    if ALIBI:
-        x = i.to(tl.float32)
-        s -= tl.load(slopes + head) * 1.4426950408889634 * tl.abs(x[:, None] - x[None, :])
     s = tl.where(i[None, :] < n, s, float("-inf"))
     m = tl.max(s, 1)
     p = tl.exp2(s - m[:, None])
     total = tl.sum(p, 1)
-    o = tl.dot(p.to(v.dtype), v, input_precision=PREC) / total[:, None]
+    o = tl.dot(p.to(out.dtype.element_ty).to(v.dtype), v, input_precision=PREC) / total[:, None]
     _store_rows(out + (first * H + head) * D, H * D, n, o, BLOCK, D, DP)
     tl.store(lse + head * n_tokens + first + i, m + tl.log2(total), mask=i < n)
 
@@ -333,24 +360,17 @@ def _attn_bwd_one_tile(
     head, first, n, i0 = _locate(cu_seqlens, tiles, n_tiles, H, BLOCK, SPLIT)
     if i0 >= n:
         return
-    base = qkv + first * stride + head * D
-    q = _load_rows(base, stride, n, BLOCK, D, DP, True, UP)
-    k = _load_rows(base + H * D, stride, n, BLOCK, D, DP, True, UP)
-    v = _load_rows(base + 2 * H * D, stride, n, BLOCK, D, DP, True, UP)
+    q, k, v, s = _one_tile(qkv, slopes, first, head, n, stride, scale, ALIBI, H, BLOCK, D, DP, PREC, UP)
     do = _load_rows(dout + (first * H + head) * D, H * D, n, BLOCK, D, DP, True, UP)
     i = tl.arange(0, BLOCK)
     # +inf, not 0, for rows past the end: their p is then exactly 0 whatever the score
     row_lse = tl.load(lse + head * n_tokens + first + i, mask=i < n, other=float("inf"))
-    s = tl.dot(q, tl.trans(k), input_precision=PREC) * scale
-    if ALIBI:
-        x = i.to(tl.float32)
-        s -= tl.load(slopes + head) * 1.4426950408889634 * tl.abs(x[:, None] - x[None, :])
     p = tl.where(i[None, :] < n, tl.exp2(s - row_lse[:, None]), 0.0)
     grad = dqkv + (first * H * 3 + head) * D
-    dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PREC)
+    dv = tl.dot(tl.trans(p.to(dout.dtype.element_ty).to(do.dtype)), do, input_precision=PREC)
     _store_rows(grad + 2 * H * D, 3 * H * D, n, dv, BLOCK, D, DP)
     dp = tl.dot(do, tl.trans(v), input_precision=PREC)
-    ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(q.dtype)
+    ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(qkv.dtype.element_ty).to(q.dtype)
     unit = scale * 0.6931471805599453  # back from log2 units
     dq = tl.dot(ds, k, input_precision=PREC) * unit
     _store_rows(grad, 3 * H * D, n, dq, BLOCK, D, DP)
@@ -383,32 +403,32 @@ def _side(SIDE: tl.constexpr, at, HELD: tl.constexpr, STEP: tl.constexpr, n):
 @triton.jit(do_not_specialize=["n_tokens", "n_tiles"])
 def _attn_fwd_loop(
     qkv, out, lse, cu_seqlens, tiles, slopes, n_tokens, stride, n_tiles, scale,
-    ALIBI: tl.constexpr, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
+    ALIBI: tl.constexpr, H: tl.constexpr, HELD: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
-    """BM queries of a document against all its keys, BN at a time, with an online softmax."""
-    head, first, n, i0 = _locate(cu_seqlens, tiles, n_tiles, H, BM, SPLIT)
+    """HELD queries of a document against all its keys, STEP at a time, with an online softmax."""
+    head, first, n, i0 = _locate(cu_seqlens, tiles, n_tiles, H, HELD, SPLIT)
     if i0 >= n:
         return
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes + head) * 1.4426950408889634
     base = qkv + first * stride + head * D
-    q = _load_rows(base + stride.to(tl.int64) * i0, stride, n - i0, BM, D, DP, True, UP)
-    acc = tl.zeros([BM, DP], tl.float32)
-    m = tl.full([BM], float("-inf"), tl.float32)
-    total = tl.zeros([BM], tl.float32)
-    i = i0 + tl.arange(0, BM)
-    column = tl.arange(0, BN)
+    q = _load_rows(base + stride.to(tl.int64) * i0, stride, n - i0, HELD, D, DP, True, UP)
+    acc = tl.zeros([HELD, DP], tl.float32)
+    m = tl.full([HELD], float("-inf"), tl.float32)
+    total = tl.zeros([HELD], tl.float32)
+    i = i0 + tl.arange(0, HELD)
+    column = tl.arange(0, STEP)
     for SIDE in tl.static_range(-1, 2):
-        begin, end, tail = _side(SIDE, i0, BM, BN, n)
-        for step in tl.range(begin, end, BN, num_stages=1 if SIDE == 0 else None):
-            j0 = tl.where(step < i0 + BM, step, tail) if SIDE == 0 else step
+        begin, end, tail = _side(SIDE, i0, HELD, STEP, n)
+        for step in tl.range(begin, end, STEP, num_stages=1 if SIDE == 0 else None):
+            j0 = tl.where(step < i0 + HELD, step, tail) if SIDE == 0 else step
             at = base + stride.to(tl.int64) * j0
-            k = _load_rows(at + H * D, stride, n - j0, BN, D, DP, SIDE == 0, UP)
-            v = _load_rows(at + 2 * H * D, stride, n - j0, BN, D, DP, SIDE == 0, UP)
+            k = _load_rows(at + H * D, stride, n - j0, STEP, D, DP, SIDE == 0, UP)
+            v = _load_rows(at + 2 * H * D, stride, n - j0, STEP, D, DP, SIDE == 0, UP)
             s = tl.dot(q, tl.trans(k), input_precision=PREC) * scale
-            row_bias = tl.zeros([BM], tl.float32)
+            row_bias = tl.zeros([HELD], tl.float32)
             if SIDE == 0:
                 if ALIBI:
                     s -= slope * tl.abs((i - j0).to(tl.float32)[:, None] - column.to(tl.float32)[None, :])
@@ -420,116 +440,91 @@ def _attn_fwd_loop(
             p = tl.exp2(s - (m_new - row_bias)[:, None])
             shrink = tl.exp2(m - m_new)
             total = total * shrink + tl.sum(p, 1)
-            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PREC)
+            acc = tl.dot(p.to(out.dtype.element_ty).to(v.dtype), v, acc * shrink[:, None], input_precision=PREC)
             m = m_new
     row = first + i0
-    _store_rows(out + (row * H + head) * D, H * D, n - i0, acc / total[:, None], BM, D, DP)
+    _store_rows(out + (row * H + head) * D, H * D, n - i0, acc / total[:, None], HELD, D, DP)
     tl.store(lse + head * n_tokens + row + i - i0, m + tl.log2(total), mask=i < n)
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n_tiles"])
-def _attn_bwd_dq(
+def _attn_bwd_loop(
     qkv, out, dout, lse, delta, dqkv, cu_seqlens, tiles, slopes, n_tokens, stride, n_tiles, scale,
-    ALIBI: tl.constexpr, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr,
+    KEYS: tl.constexpr, ALIBI: tl.constexpr, H: tl.constexpr, HELD: tl.constexpr, STEP: tl.constexpr,
+    SPLIT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
-    """dq of BM queries. It runs first, and leaves delta_i = sum_d out_id dout_id behind for the dk/dv kernel:
-    FlashAttention's "preprocess" pass without a launch of its own."""
-    head, first, n, i0 = _locate(cu_seqlens, tiles, n_tiles, H, BM, SPLIT)
-    if i0 >= n:
+    """The gradient of HELD rows against all rows of the document, STEP at a time: dq of queries, or (KEYS, scores
+    transposed) dk and dv of keys. Both are s = x x'^T, dp = y y'^T, dx += ds x', where x is q or k, y is do or v.
+    dq runs first and leaves delta_i = sum_d out_id dout_id for dk: FlashAttention's "preprocess" without a launch."""
+    head, first, n, at = _locate(cu_seqlens, tiles, n_tiles, H, HELD, SPLIT)
+    if at >= n:
         return
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes + head) * 1.4426950408889634
     base = qkv + first * stride + head * D
-    row = ((first + i0) * H + head) * D
-    q = _load_rows(base + stride.to(tl.int64) * i0, stride, n - i0, BM, D, DP, True, UP)
-    do = _load_rows(dout + row, H * D, n - i0, BM, D, DP, True, UP)
-    o = _load_rows(out + row, H * D, n - i0, BM, D, DP, True, UP)
-    row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    i = i0 + tl.arange(0, BM)
-    stat = head * n_tokens + first + i
-    tl.store(delta + stat, row_delta, mask=i < n)
-    row_lse = tl.load(lse + stat, mask=i < n, other=float("inf"))
-    dq = tl.zeros([BM, DP], tl.float32)
-    column = tl.arange(0, BN)
-    for SIDE in tl.static_range(-1, 2):
-        begin, end, tail = _side(SIDE, i0, BM, BN, n)
-        for step in tl.range(begin, end, BN, num_stages=1 if SIDE == 0 else None):
-            j0 = tl.where(step < i0 + BM, step, tail) if SIDE == 0 else step
-            at = base + stride.to(tl.int64) * j0
-            k = _load_rows(at + H * D, stride, n - j0, BN, D, DP, SIDE == 0, UP)
-            v = _load_rows(at + 2 * H * D, stride, n - j0, BN, D, DP, SIDE == 0, UP)
-            s = tl.dot(q, tl.trans(k), input_precision=PREC) * scale
-            if SIDE == 0:
-                if ALIBI:
-                    s -= slope * tl.abs((i - j0).to(tl.float32)[:, None] - column.to(tl.float32)[None, :])
-                # p past the end must be 0 before it meets a zero key: exp2(0 - lse) can be inf, and inf * 0 is NaN
-                p = tl.where(column[None, :] < n - j0, tl.exp2(s - row_lse[:, None]), 0.0)
-            elif ALIBI:
-                s -= (SIDE * slope) * column.to(tl.float32)[None, :]
-                p = tl.exp2(s - (row_lse - (SIDE * slope) * (i - j0).to(tl.float32))[:, None])
-            else:
-                p = tl.exp2(s - row_lse[:, None])
-            dp = tl.dot(do, tl.trans(v), input_precision=PREC)
-            ds = p * (dp - row_delta[:, None])
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PREC)
-    row += 2 * (first + i0) * H * D
-    _store_rows(dqkv + row, 3 * H * D, n - i0, dq * (scale * 0.6931471805599453), BM, D, DP)
-
-
-@triton.jit(do_not_specialize=["n_tokens", "n_tiles"])
-def _attn_bwd_dkdv(
-    qkv, dout, lse, delta, dqkv, cu_seqlens, tiles, slopes, n_tokens, stride, n_tiles, scale,
-    ALIBI: tl.constexpr, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr,
-):  # fmt: skip
-    """dk and dv of BN keys, over all queries of the document, BM at a time. Scores are transposed: keys are rows."""
-    head, first, n, j0 = _locate(cu_seqlens, tiles, n_tiles, H, BN, SPLIT)
-    if j0 >= n:
-        return
-    slope = 0.0
-    if ALIBI:
-        slope = tl.load(slopes + head) * 1.4426950408889634
-    base = qkv + first * stride + head * D
-    at = base + stride.to(tl.int64) * j0
-    k = _load_rows(at + H * D, stride, n - j0, BN, D, DP, True, UP)
-    v = _load_rows(at + 2 * H * D, stride, n - j0, BN, D, DP, True, UP)
+    do_base = dout + (first * H + head) * D
     stat = head * n_tokens + first
-    dk = tl.zeros([BN, DP], tl.float32)
-    dv = tl.zeros([BN, DP], tl.float32)
-    j = j0 + tl.arange(0, BN)
-    column = tl.arange(0, BM)
-    for SIDE in tl.static_range(-1, 2):  # -1: queries before the keys
-        begin, end, tail = _side(SIDE, j0, BN, BM, n)
-        for step in tl.range(begin, end, BM, num_stages=1 if SIDE == 0 else None):
-            i0 = tl.where(step < j0 + BN, step, tail) if SIDE == 0 else step
-            do_at = dout + ((first + i0) * H + head) * D
-            q = _load_rows(base + stride.to(tl.int64) * i0, stride, n - i0, BM, D, DP, SIDE == 0, UP)
-            do = _load_rows(do_at, H * D, n - i0, BM, D, DP, SIDE == 0, UP)
-            s = tl.dot(k, tl.trans(q), input_precision=PREC) * scale
-            if SIDE == 0:
-                # lse = +inf past the last query makes p exactly 0 there. Keys past the end need no mask: they only
-                # fill rows of dk and dv that are not stored.
-                i_lse = tl.load(lse + stat + i0 + column, mask=column < n - i0, other=float("inf"))
-                i_delta = tl.load(delta + stat + i0 + column, mask=column < n - i0, other=0.0)
-                if ALIBI:
-                    # in integers, unlike the kernels above: the float form costs 18 registers more here, and near 255
-                    s -= slope * tl.abs(j[:, None] - i0 - column[None, :]).to(tl.float32)
+    i = at + tl.arange(0, HELD)
+    column = tl.arange(0, STEP)
+    here = base + stride.to(tl.int64) * at
+    if KEYS:
+        x = _load_rows(here + H * D, stride, n - at, HELD, D, DP, True, UP)
+        y = _load_rows(here + 2 * H * D, stride, n - at, HELD, D, DP, True, UP)
+    else:
+        row = (first + at) * H * D + head * D
+        x = _load_rows(here, stride, n - at, HELD, D, DP, True, UP)
+        y = _load_rows(dout + row, H * D, n - at, HELD, D, DP, True, UP)
+        o = _load_rows(out + row, H * D, n - at, HELD, D, DP, True, UP)
+        row_delta = tl.sum(o.to(tl.float32) * y.to(tl.float32), 1)
+        tl.store(delta + stat + i, row_delta, mask=i < n)
+        row_lse = tl.load(lse + stat + i, mask=i < n, other=float("inf"))
+    dx = tl.zeros([HELD, DP], tl.float32)
+    dv = tl.zeros([HELD, DP], tl.float32)
+    for SIDE in tl.static_range(-1, 2):
+        begin, end, tail = _side(SIDE, at, HELD, STEP, n)
+        for step in tl.range(begin, end, STEP, num_stages=1 if SIDE == 0 else None):
+            to = tl.where(step < at + HELD, step, tail) if SIDE == 0 else step
+            there = base + stride.to(tl.int64) * to
+            if KEYS:
+                x_to = _load_rows(there, stride, n - to, STEP, D, DP, SIDE == 0, UP)
+                y_to = _load_rows(do_base + to.to(tl.int64) * H * D, H * D, n - to, STEP, D, DP, SIDE == 0, UP)
             else:
-                i_lse = tl.load(lse + stat + i0 + column)
-                i_delta = tl.load(delta + stat + i0 + column)
-                if ALIBI:
-                    s += (SIDE * slope) * (j - j0).to(tl.float32)[:, None]
-                    i_lse += (SIDE * slope) * (i0 - j0 + column).to(tl.float32)
-            p = tl.exp2(s - i_lse[None, :])
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PREC)
-            dp = tl.dot(v, tl.trans(do), input_precision=PREC)
-            ds = p * (dp - i_delta[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PREC)
-    grad = dqkv + ((first + j0) * H * 3 + H + head) * D
-    _store_rows(grad, 3 * H * D, n - j0, dk * (scale * 0.6931471805599453), BN, D, DP)
-    _store_rows(grad + H * D, 3 * H * D, n - j0, dv, BN, D, DP)
+                x_to = _load_rows(there + H * D, stride, n - to, STEP, D, DP, SIDE == 0, UP)
+                y_to = _load_rows(there + 2 * H * D, stride, n - to, STEP, D, DP, SIDE == 0, UP)
+            s = tl.dot(x, tl.trans(x_to), input_precision=PREC) * scale
+            if KEYS and SIDE == 0:  # lse = +inf past the last query makes p exactly 0 there
+                of_row = tl.load(lse + stat + to + column, mask=column < n - to, other=float("inf"))[None, :]
+                of_delta = tl.load(delta + stat + to + column, mask=column < n - to, other=0.0)[None, :]
+            elif KEYS:
+                of_row = tl.load(lse + stat + to + column)[None, :]
+                of_delta = tl.load(delta + stat + to + column)[None, :]
+            else:
+                of_row, of_delta = row_lse[:, None], row_delta[:, None]
+            if ALIBI:
+                if SIDE == 0:  # in integers: the float form takes 18 registers more, and 255 are near
+                    s -= slope * tl.abs(i[:, None] - to - column[None, :]).to(tl.float32)
+                elif KEYS:
+                    s += (SIDE * slope) * (i - at).to(tl.float32)[:, None]
+                    of_row += (SIDE * slope) * (to - at + column).to(tl.float32)[None, :]
+                else:
+                    s -= (SIDE * slope) * column.to(tl.float32)[None, :]
+                    of_row -= (SIDE * slope) * (i - to).to(tl.float32)[:, None]
+            p = tl.exp2(s - of_row)
+            if SIDE == 0 and not KEYS:
+                # p past the end must be 0 before it meets a zero key: exp2(0 - lse) can be inf, and inf * 0 is NaN.
+                # dk and dv need no such mask: keys past the end fill rows that are not stored.
+                p = tl.where(column[None, :] < n - to, p, 0.0)
+            if KEYS:
+                dv = tl.dot(p.to(dout.dtype.element_ty).to(y.dtype), y_to, dv, input_precision=PREC)
+            dp = tl.dot(y, tl.trans(y_to), input_precision=PREC)
+            ds = (p * (dp - of_delta)).to(qkv.dtype.element_ty).to(x.dtype)
+            dx = tl.dot(ds, x_to, dx, input_precision=PREC)
+    grad = dqkv + ((first + at) * H * 3 + head) * D
+    if KEYS:
+        grad += H * D
+        _store_rows(grad + H * D, 3 * H * D, n - at, dv, HELD, D, DP)
+    _store_rows(grad, 3 * H * D, n - at, dx * (scale * 0.6931471805599453), HELD, D, DP)
 
 
 @triton.jit(do_not_specialize=["n_documents", "n_tokens"])
@@ -574,8 +569,9 @@ def _attention_config(dtype: torch.dtype, D: int, capability: tuple[int, int]) -
     return ATTENTION_CONFIGS["fp32" if dtype == torch.float32 else _chip_family(capability), wide]
 
 
-def _attention_constants(kernel, config, D: int, dtype, max_seqlen: int) -> tuple[int, int, dict]:
-    """(rows held by a program, programs per tile-table entry, the constexprs and launch options of `kernel`)."""
+def _attention_constants(kernel, name, config, D: int, dtype, max_seqlen: int) -> tuple[int, int, dict]:
+    """(rows held by a program, programs per tile-table entry, the constexprs and launch options of `kernel`), which is
+    launched for `name`: "fwd", "dq" or "dkdv"."""
     DP = max(16, triton.next_power_of_2(D))
     options = {"D": D, "DP": DP, "UP": INTERPRET, "PREC": "tf32", **FUSION}
     if dtype == torch.float32:
@@ -584,10 +580,9 @@ def _attention_constants(kernel, config, D: int, dtype, max_seqlen: int) -> tupl
         rows = 64 if max_seqlen <= 64 else 128
         warps = 8 if rows == 128 or (DP == 128 and kernel is _attn_bwd_one_tile) else 4
         return TILE, 1, options | {"BLOCK": rows, "num_warps": warps, "num_stages": 1}
-    name = {_attn_fwd_loop: "fwd", _attn_bwd_dq: "dq", _attn_bwd_dkdv: "dkdv"}[kernel]
     rows, step, warps, stages = config[name]
-    held, stepped = ("BN", "BM") if name == "dkdv" else ("BM", "BN")
-    return rows, TILE // rows, options | {held: rows, stepped: step, "num_warps": warps, "num_stages": stages}
+    options |= {"HELD": rows, "STEP": step, "num_warps": warps, "num_stages": stages}
+    return rows, TILE // rows, options if name == "fwd" else options | {"KEYS": name == "dkdv"}
 
 
 def attention_tiles(cu_seqlens: Tensor, pad_to: int = 0) -> Tensor:
@@ -607,9 +602,9 @@ def attention_tiles(cu_seqlens: Tensor, pad_to: int = 0) -> Tensor:
     return tiles
 
 
-def _attention_launch(kernel, pointers, qkv, cu_seqlens, slopes, tiles, max_seqlen, config):
+def _attention_launch(kernel, name, pointers, qkv, cu_seqlens, slopes, tiles, max_seqlen, config):
     T, _, H, D = qkv.shape
-    rows, split, options = _attention_constants(kernel, config, D, qkv.dtype, max_seqlen)
+    rows, split, options = _attention_constants(kernel, name, config, D, qkv.dtype, max_seqlen)
     n_tiles = triton.cdiv(max_seqlen, rows)
     programs = H * (n_tiles * (len(cu_seqlens) - 1) if tiles is None else len(tiles) * split)
     if programs > 0:
@@ -626,7 +621,7 @@ def _attention_triton(qkv, cu_seqlens, slopes, tiles, max_seqlen):
     config = _attention_config(qkv.dtype, D, _capability(qkv))
     kernel = _attn_fwd_one_tile if max_seqlen <= config["one_tile"] else _attn_fwd_loop
     with torch.cuda.device_of(qkv):
-        _attention_launch(kernel, (qkv, out, lse), qkv, cu_seqlens, slopes, tiles, max_seqlen, config)
+        _attention_launch(kernel, "fwd", (qkv, out, lse), qkv, cu_seqlens, slopes, tiles, max_seqlen, config)
         _zero_slack[(64,)](out, cu_seqlens, len(cu_seqlens) - 1, T, H * D, BLOCK=1024, **FUSION)
     return out, lse
 
@@ -638,11 +633,11 @@ def _attention_backward_triton(dout, qkv, out, lse, cu_seqlens, slopes, tiles, m
     launch = qkv, cu_seqlens, slopes, tiles, max_seqlen, config
     with torch.cuda.device_of(qkv):
         if max_seqlen <= config["one_tile"]:
-            _attention_launch(_attn_bwd_one_tile, (qkv, dout, lse, dqkv), *launch)
+            _attention_launch(_attn_bwd_one_tile, "", (qkv, dout, lse, dqkv), *launch)
         else:
             delta = torch.empty_like(lse)
-            _attention_launch(_attn_bwd_dq, (qkv, out, dout, lse, delta, dqkv), *launch)
-            _attention_launch(_attn_bwd_dkdv, (qkv, dout, lse, delta, dqkv), *launch)
+            for name in ("dq", "dkdv"):
+                _attention_launch(_attn_bwd_loop, name, (qkv, out, dout, lse, delta, dqkv), *launch)
         _zero_slack[(64,)](dqkv, cu_seqlens, len(cu_seqlens) - 1, T, 3 * H * D, BLOCK=1024, **FUSION)
     return dqkv
 
@@ -654,11 +649,9 @@ def _attention_backward_triton(dout, qkv, out, lse, cu_seqlens, slopes, tiles, m
 
 def _check_attention(qkv, cu_seqlens, slopes, tiles, max_seqlen, use_triton):
     problem = ""
-    dtypes = [torch.float32, torch.bfloat16, torch.float16] + [torch.float64] * (not use_triton)
+    _check_dtype("varlen_attention: qkv", qkv, use_triton)
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         problem = f"qkv must be (T, 3, H, D), got {tuple(qkv.shape)}"
-    elif qkv.dtype not in dtypes:
-        problem = f"qkv is {qkv.dtype}; supported are {', '.join(str(d)[6:] for d in dtypes)}"
     elif qkv.stride()[1:] != (qkv.shape[2] * qkv.shape[3], qkv.shape[3], 1):
         problem = f"the rows of qkv must be contiguous, its strides are {qkv.stride()}; call .contiguous() on it"
     elif use_triton and (qkv.shape[3] % 16 or not 16 <= qkv.shape[3] <= 128):
@@ -715,9 +708,7 @@ def _attention_backward(
     return _attention_backward_reference(dout, qkv, out, lse, cu_seqlens, slopes, dropout_p, seed)
 
 
-@_attention_backward.register_fake
-def _(dout, qkv, out, lse, cu_seqlens, slopes, tiles, seed, max_seqlen, dropout_p, use_triton):
-    return qkv.new_empty(qkv.shape)
+_attention_backward.register_fake(lambda dout, qkv, *_: qkv.new_empty(qkv.shape))
 
 
 def _attention_save(ctx, inputs, output):
@@ -818,11 +809,6 @@ def _gather_rows(x: Tensor, indices: Tensor, use_triton: bool) -> Tensor:
     return rows
 
 
-@_gather_rows.register_fake
-def _(x, indices, use_triton):
-    return x.new_empty(indices.shape[0], *x.shape[1:])
-
-
 @torch.library.custom_op("nanomosaic::scatter_rows", mutates_args=())
 def _scatter_rows(x: Tensor, indices: Tensor, n_rows: int, use_triton: bool) -> Tensor:
     _check_rows("scatter_rows", indices, n_rows)
@@ -834,30 +820,22 @@ def _scatter_rows(x: Tensor, indices: Tensor, n_rows: int, use_triton: bool) -> 
     return out
 
 
-@_scatter_rows.register_fake
-def _(x, indices, n_rows, use_triton):
-    return x.new_empty(n_rows, *x.shape[1:])
-
-
-def _gather_save(ctx, inputs, output):
-    x, indices, ctx.use_triton = inputs
+def _rows_save(ctx, inputs, output):
+    x, indices, *_, ctx.use_triton = inputs
     ctx.n_rows = x.shape[0]
     ctx.save_for_backward(indices)
 
 
-def _scatter_save(ctx, inputs, output):
-    _, indices, _, ctx.use_triton = inputs
-    ctx.save_for_backward(indices)
-
-
-# gather and scatter are each other's gradient, because no row is taken twice
+_gather_rows.register_fake(lambda x, indices, _: x.new_empty(indices.shape[0], *x.shape[1:]))
+_scatter_rows.register_fake(lambda x, indices, n_rows, _: x.new_empty(n_rows, *x.shape[1:]))
+# each other's gradient, because no row is taken twice
 _gather_rows.register_autograd(
     lambda ctx, g: (_scatter_rows(g, ctx.saved_tensors[0], ctx.n_rows, ctx.use_triton), None, None),
-    setup_context=_gather_save,
+    setup_context=_rows_save,
 )
 _scatter_rows.register_autograd(
     lambda ctx, g: (_gather_rows(g, ctx.saved_tensors[0], ctx.use_triton), None, None, None),
-    setup_context=_scatter_save,
+    setup_context=_rows_save,
 )
 
 
@@ -940,16 +918,15 @@ def _geglu_launch(kernel, *tensors, rows, width):
 
 @torch.library.custom_op("nanomosaic::geglu", mutates_args=())
 def _geglu(h: Tensor, use_triton: bool) -> Tensor:
+    _check_dtype("geglu: h", h, use_triton)
     rows, width = h.shape[0], h.shape[1] // 2
     if use_triton:
         return _geglu_launch(_geglu_fwd, h.contiguous(), h.new_empty(rows, width), rows=rows, width=width)
-    gate, up = _wide(h).chunk(2, 1)
-    return (F.gelu(gate) * up).to(h.dtype)
-
-
-@_geglu.register_fake
-def _(h, use_triton):
-    return h.new_empty(h.shape[0], h.shape[1] // 2)
+    out = h.new_empty(rows, width)
+    for x, y in zip(h.split(256), out.split(256)):  # the fp32 copies stay in the cache
+        gate, up = _wide(x).chunk(2, 1)
+        y.copy_(F.gelu(gate).mul_(up))
+    return out
 
 
 @torch.library.custom_op("nanomosaic::geglu_backward", mutates_args=())
@@ -958,15 +935,12 @@ def _geglu_backward(dout: Tensor, h: Tensor, use_triton: bool) -> Tensor:
     if use_triton:
         dh = h.new_empty(rows, 2 * width)
         return _geglu_launch(_geglu_bwd, dout.contiguous(), h.contiguous(), dh, rows=rows, width=width)
-    (gate, up), dy = _wide(h).chunk(2, 1), _wide(dout)
-    cdf = 0.5 * (1 + torch.erf(gate * 0.5**0.5))
-    pdf = torch.exp(-0.5 * gate * gate) * (2 * math.pi) ** -0.5
-    return torch.cat((dy * up * (cdf + gate * pdf), dy * gate * cdf), 1).to(h.dtype)
-
-
-@_geglu_backward.register_fake
-def _(dout, h, use_triton):
-    return h.new_empty(h.shape)
+    dh = h.new_empty(rows, 2 * width)
+    for x, y, dx in zip(h.split(256), dout.split(256), dh.split(256)):
+        (gate, up), dy = _wide(x).chunk(2, 1), _wide(y)
+        dx[:, :width] = torch.ops.aten.gelu_backward(dy * up, gate)
+        dx[:, width:] = F.gelu(gate).mul_(dy)
+    return dh
 
 
 def _geglu_save(ctx, inputs, output):
@@ -974,6 +948,8 @@ def _geglu_save(ctx, inputs, output):
     ctx.save_for_backward(h)
 
 
+_geglu.register_fake(lambda h, _: h.new_empty(h.shape[0], h.shape[1] // 2))
+_geglu_backward.register_fake(lambda dout, h, _: h.new_empty(h.shape))
 _geglu.register_autograd(
     lambda ctx, dout: (_geglu_backward(dout, *ctx.saved_tensors, ctx.use_triton), None), setup_context=_geglu_save
 )
@@ -1039,8 +1015,9 @@ def _layer_norm_bwd(
         wg = w * g
         grad = r * (wg - tl.sum(wg, 0) / width - xhat * (tl.sum(wg * xhat, 0) / width))
         tl.store(dz + at, grad.to(dz.dtype.element_ty), mask=real)
-    tl.store(dweight + program * width + c, dw, mask=real)
-    tl.store(dbias + program * width + c, db, mask=real)
+    at = program.to(tl.int64) * width + c
+    tl.store(dweight + at, dw, mask=real)
+    tl.store(dbias + at, db, mask=real)
 
 
 def _layer_norm_options(width: int) -> dict:
@@ -1052,6 +1029,7 @@ def _layer_norm_options(width: int) -> dict:
 def _add_layer_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, use_triton: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_dtype("add_layer_norm: x", x, use_triton)
     rows, width = x.shape
     if use_triton:
         y = x.new_empty(rows, width)
@@ -1099,9 +1077,9 @@ def _add_layer_norm_backward(
     return dz.to(x.dtype), (dy * xhat).sum(0).to(weight.dtype), dy.sum(0).to(weight.dtype)
 
 
-@_add_layer_norm_backward.register_fake
-def _(dy, x, residual, weight, mean, rstd, use_triton):
-    return x.new_empty(x.shape), torch.empty_like(weight), torch.empty_like(weight)
+_add_layer_norm_backward.register_fake(
+    lambda dy, x, residual, weight, *_: (x.new_empty(x.shape), torch.empty_like(weight), torch.empty_like(weight))
+)
 
 
 def _layer_norm_save(ctx, inputs, output):
@@ -1142,7 +1120,8 @@ def add_layer_norm(
 # ---------------------------------------------------------------------------------------------------------------------
 # The logits (M, V) are the largest tensor of the step. One program per row reads it twice (the second time from L2: a
 # row of 30,528 bf16 is 61 KB) and leaves the gradient of the summed loss where the logits were: no fp32 copy, no
-# softmax kept, no second (M, V) buffer; 4 bytes per logit move where the unfused fp32 loss moves over 20.
+# softmax kept, no second (M, V) buffer; 4 bytes per logit move where the unfused fp32 loss moves over 20. (Scaling the
+# gradient afterwards would move 4 more into a second buffer: model.py scales what is multiplied with it instead.)
 
 
 @triton.jit
@@ -1178,19 +1157,28 @@ def _cross_entropy_rows(
 
 def _cross_entropy_reference(logits, labels, z_loss, ignore_index, write):
     losses, correct = [], []
-    for x, y in zip(logits.split(256), labels.split(256)):  # so that the fp32 copies stay small
+    # blocks of rows in one fp32 buffer, 8 MB for BERT's vocabulary: it stays in the cache, and fresh pages would cost
+    # a CPU more than the arithmetic
+    block = _wide(logits.new_empty(0)).new_empty(64, logits.shape[1])
+    for x, y in zip(logits.split(64), labels.split(64)):
         kept = (y != ignore_index)[:, None]
-        target, wide = torch.where(kept, y[:, None], 0), _wide(x)
-        lse = wide.logsumexp(1, keepdim=True)
-        own = wide.gather(1, target)
-        losses.append((lse - own + z_loss * lse * lse) * kept)
-        right = (own == wide.amax(1, keepdim=True)) & kept
+        target = torch.where(kept, y[:, None], 0)
+        own = x.gather(1, target)
+        right = (own == x.amax(1, keepdim=True)) & kept
         likely = right[:, 0].nonzero()[:, 0]  # argmax, slow on a CPU, only settles ties
-        right[likely] = wide[likely].argmax(1, keepdim=True) == target[likely]
+        right[likely] = x[likely].argmax(1, keepdim=True) == target[likely]
         correct.append(right)
+        p = block[: len(x)].copy_(x)
+        torch.log_softmax(p, 1, out=p)
+        own_log = p.gather(1, target)
+        lse = own - own_log
+        losses.append((z_loss * lse * lse - own_log) * kept)
         if write:
-            gradient = (wide - lse).exp_().mul_(1 + 2 * z_loss * lse)
-            x.copy_(gradient.scatter_add_(1, target, -torch.ones_like(lse)).mul_(kept))
+            p.exp_()
+            if z_loss:
+                p.mul_(1 + 2 * z_loss * lse)
+            p.scatter_add_(1, target, -torch.ones_like(own_log))
+            x.copy_(p if bool(kept.all()) else p.mul_(kept))
     return torch.cat(losses)[:, 0], torch.cat(correct)[:, 0].to(losses[0].dtype)
 
 
@@ -1198,6 +1186,7 @@ def _cross_entropy_reference(logits, labels, z_loss, ignore_index, write):
 def _cross_entropy_(
     logits: Tensor, labels: Tensor, z_loss: float, ignore_index: int, write: bool, use_triton: bool
 ) -> tuple[Tensor, Tensor]:
+    _check_dtype("masked_cross_entropy: logits", logits, use_triton)
     if CHECK_VALUES or not labels.is_cuda:
         bad = (labels != ignore_index) & ((labels < 0) | (labels >= logits.shape[1]))
         if bool(bad.any()):
@@ -1232,11 +1221,7 @@ def _sum_losses(gradient: Tensor, losses: Tensor) -> Tensor:
     return losses.sum()
 
 
-@_sum_losses.register_fake
-def _(gradient, losses):
-    return losses.new_empty(())
-
-
+_sum_losses.register_fake(lambda gradient, losses: losses.new_empty(()))
 # By now `gradient`, the caller's logits, already holds d(sum of losses)/d(logits); this hands it to autograd.
 _sum_losses.register_autograd(
     lambda ctx, g: (ctx.saved_tensors[0] * g, None),

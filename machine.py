@@ -1,9 +1,16 @@
-"""What this machine has and what it is running: device, fast dtype, peak speed, git revision."""
+"""What this machine has and what it is running: device, fast dtype, peak speed, git revision; a benchmark's report."""
 
+import json
+import platform
+import re
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import torch
+
+from kernels import TRITON_VERSION
 
 PEAK_BF16_TFLOPS = {  # dense, from the data sheets; part of the GPU's name -> its peak
     "H200": 989.4,
@@ -46,3 +53,36 @@ def git_revision() -> str:
         return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def device_name() -> str:
+    """The GPU's name, else the processor's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name().removeprefix("NVIDIA ")
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def write_report(mode: str, body: dict, out: str = "") -> Path:
+    """Write `body` under a header (device, versions, revision, command, time) as JSON, whole or not at all; where to:
+    `out`, or results/<mode>-<device>.json. Returns the path. The last line of each bench_<mode>.py's run(cfg):
+    print(f"wrote {write_report('step', body, cfg.out)}"). SystemExit, one line, if it cannot be written."""
+    header = {
+        "device": device_name(),
+        "torch": torch.__version__,
+        "triton": TRITON_VERSION,
+        "revision": git_revision(),
+        "command": "python " + " ".join(sys.argv),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    slug = re.sub(r"[^a-z0-9]+", "-", header["device"].lower()).strip("-")
+    path = Path(out or Path(__file__).parent / "results" / f"{mode}-{slug}.json")
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(header | body, indent=1) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        raise SystemExit(f"error: the report cannot be written: {error}") from None
+    return path

@@ -5,27 +5,24 @@
                                                                  #   .parquet, .txt(.gz|.zst)
     python prepare_c4.py c4 --max_docs 10000                     # streams allenai/c4 "en" from the Hugging Face hub
     python prepare_c4.py hub:HuggingFaceFW/fineweb:sample-10BT   # any hub dataset, hub:owner/name[:config]
-    python prepare_c4.py c4 --out data/c4-0 --part 0/4           # one of four machines
+    python prepare_c4.py c4 --out data/c4-0 --part 0/4           # one of four machines; train on all four with
+                                                                 #   pretrain.py --data data/c4-0 --data data/c4-1 ...
     python prepare_c4.py inspect data/c4 --verify                # statistics, samples, histogram, checksums
 
-The docstrings take about 15 seconds on two cores and give some 11 MB. Encoding runs at about 20 MB/s per core; before
+The docstrings take about 15 seconds on two cores and give some 11 MB. Encoding runs at 20 to 30 MB/s per core; before
 it the tokenizer is trained at about 5 MB/s on at most --train_tokenizer_on of text. The folder receives
 train_*.bin/.idx and val_*.bin/.idx (flat uint16 ids without specials; int64 offsets of the documents),
 tokenizer.tiktoken, tokenizer.meta.json and, last, meta.json: a folder without it is unfinished. Killed at any moment,
 the same command continues and ends with the same bytes. Documents are stripped of outer white space; empty ones are
-counted and left out. A .txt holds one document per block of lines between blank lines. Held-out documents are chosen
-by a hash of their text, so copies of a document never end up on both sides.
+counted and left out. A .txt holds one document per block of lines between blank lines. Held-out documents are chosen by
+a hash of their text, so copies of a document never end up on both sides.
 """
 
 import contextlib
 import dataclasses
 import errno
-import functools
 import glob
-import gzip
 import hashlib
-import importlib.metadata
-import json
 import multiprocessing
 import os
 import re
@@ -34,8 +31,6 @@ import signal
 import sys
 import threading
 import time
-import urllib.request
-from array import array
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -50,178 +45,28 @@ from corpus import (
     N_FIXED,
     BadInput,
     Corpus,
+    ShardWriter,
     Tokenizer,
     read_json,
     to_json,
     valid_unicode,
     write_atomically,
 )
-from offline import collect_docstrings, n_dev_examples, write_word_order_task
+from inspect_corpus import CACHED, Inspect, inspect_folder, print_fertility
+from offline import n_dev_examples, write_word_order_task
+from sources import SUFFIXES, find_items, item_documents
 
 try:
     import fcntl
 except ImportError:  # Windows: no lock on the folder
     fcntl = None
 
-# ------------------------------------------------------------------------------------------- source: files and hub
-SUFFIXES = re.compile(r"\.(?:(?:jsonl?|txt)(?:\.gz|\.zst)?|parquet)$")
-ITEM_BYTES = 8 << 20  # input files are grouped into work items of at least this size
-
-
-def blocks_of(path: str) -> Iterator[bytes]:
-    """Decompressed bytes of a .gz, .zst or plain file, about a megabyte at a time. EOFError when it is cut short."""
-    if not path.endswith(".zst"):
-        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as f:
-            while block := f.read(1 << 20):
-                yield block
-        return
-    import zstandard
-
-    frame = None
-    with open(path, "rb") as f:
-        while block := f.read(1 << 18):
-            while block:  # decompressobj and not stream_reader, which ends a cut file silently
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                yield frame.decompress(block)
-                block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-    if frame is not None:
-        raise EOFError("it ends inside a zstd frame")
-
-
-def lines_of(path: str) -> Iterator[tuple[str, "str | BadInput"]]:
-    """("path:line number", the line) of a text file; a BadInput stands for a line that is not UTF-8."""
-
-    def raw() -> Iterator[bytes]:
-        tail = b""
-        for block in blocks_of(path):
-            *lines, tail = (tail + block).split(b"\n")
-            yield from lines
-        yield tail
-
-    for n, line in enumerate(raw(), 1):
-        try:
-            yield f"{path}:{n}", line.decode("utf-8")
-        except UnicodeDecodeError as e:
-            yield f"{path}:{n}", BadInput(f"{path}:{n} is not UTF-8 (byte {e.start + 1} of the line)")
-
-
-def text_in(row: object, key: str, where: str) -> "str | BadInput":
-    text = row.get(key) if isinstance(row, dict) else None
-    return text if isinstance(text, str) else BadInput(f"{where} has no text under the key {key!r} (see --text_key)")
-
-
-def file_documents(path: str, key: str) -> Iterator["str | BadInput"]:
-    """Documents of one file; a BadInput stands for each record that holds none, and for the rest of a damaged file."""
-    kind = re.sub(r"\.(gz|zst)$", "", path)
-    try:
-        if kind.endswith(".parquet"):
-            import pyarrow.parquet
-
-            parquet = pyarrow.parquet.ParquetFile(path)
-            if key not in (names := parquet.schema_arrow.names):
-                yield BadInput(f"{path} has no column {key!r}, only {', '.join(names)} (see --text_key)")
-                return
-            rows = (row for batch in parquet.iter_batches(1024, columns=[key]) for row in batch.to_pylist())
-            yield from (text_in(row, key, f"{path} row {n}") for n, row in enumerate(rows, 1))
-        elif kind.endswith(".txt"):
-            block: list[str] = []
-            for _, line in lines_of(path):
-                if isinstance(line, BadInput):
-                    yield line
-                elif line.strip():
-                    block.append(line)
-                elif block:
-                    yield "\n".join(block)
-                    block = []
-            if block:
-                yield "\n".join(block)
-        else:
-            for where, line in lines_of(path):
-                if isinstance(line, BadInput):
-                    yield line
-                elif line.strip():
-                    try:
-                        row = json.loads(line)
-                    except (ValueError, RecursionError) as e:
-                        yield BadInput(f"{where} is not JSON ({e})")
-                    else:
-                        yield text_in(row, key, where)
-    except Exception as e:  # gzip, zlib, zstandard and pyarrow each raise their own for damaged data
-        yield BadInput(f"{path} is damaged or cut short ({e})")
-
-
-@functools.cache
-def hub_splits(path: str, name: str | None) -> dict:
-    """Streaming splits of a hub dataset, or of a local folder laid out like one. BadInput, within seconds, when the
-    hub cannot be reached: its own libraries would retry for minutes."""
-    try:
-        if not os.path.isdir(path):
-            if os.environ.get("HF_HUB_OFFLINE", "0").upper() not in ("", "0", "FALSE", "NO", "OFF"):
-                raise OSError("HF_HUB_OFFLINE is set")
-            endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-            urllib.request.urlopen(f"{endpoint}/api/datasets/{path}", timeout=10).close()
-        import datasets
-
-        return datasets.load_dataset(path, name, streaming=True)
-    except Exception as e:  # any of several libraries
-        why = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise BadInput(f"cannot stream {path} from the Hugging Face hub ({why}); use a local corpus") from None
-
-
-def hub_documents(path: str, name: str | None, split: str, index: int, key: str) -> Iterator["str | BadInput"]:
-    """Documents of one file of a hub dataset."""
-    dataset = hub_splits(path, name)[split]
-    try:
-        for n, row in enumerate(dataset.shard(dataset.num_shards, index), 1):
-            yield text_in(row, key, f"{path} {split} file {index} row {n}")
-    except Exception as e:  # after minutes of retries by the libraries below
-        why = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise BadInput(f"{path} {split} file {index} broke off ({why}); the same command continues") from None
-
-
-def find_items(source: str) -> tuple[list[tuple], list[tuple], str]:
-    """Cut a source into work items, each read by one process: (train, its own validation split, fingerprint).
-
-    The fingerprint changes when the source does, as far as can be told without reading it.
-    """
-    if source == "docstrings":
-        packages = sorted(f"{d.name} {d.version}" for d in importlib.metadata.distributions())
-        return [("docstrings",)], [], sys.version + ", ".join(packages)
-    if source == "c4" or source.startswith("hub:"):
-        path, _, name = ("allenai/c4:en" if source == "c4" else source.removeprefix("hub:")).partition(":")
-        splits = hub_splits(path, name or None)
-        if "train" not in splits:
-            raise BadInput(f"the dataset {path} has no split named train, only {', '.join(splits)}")
-        train, val = (
-            [("hub", path, name or None, split, i) for i in range(splits[split].num_shards if split in splits else 0)]
-            for split in ("train", "validation")
-        )
-        return train, val, f"{len(train)} {len(val)}"
-    pattern = os.path.join(glob.escape(source), "**") if os.path.isdir(source) else source
-    paths = [source] if os.path.isfile(source) else sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
-    usable = [p for p in paths if SUFFIXES.search(p)]
-    if not usable:
-        what = "is no .jsonl(.gz|.zst), .parquet or .txt(.gz|.zst)" if paths else "does not exist"
-        raise BadInput(f"the corpus {source} {what}; others: docstrings, c4, hub:owner/name, a folder, a quoted glob")
-    items, group, size = [], [], 0
-    for path in usable:  # small files share an item: ten thousand of them are not ten thousand shards
-        group.append(path)
-        size += os.path.getsize(path)
-        if size >= ITEM_BYTES or path == usable[-1]:
-            items.append(("files", group))
-            group, size = [], 0
-    return items, [], ", ".join(f"{os.path.basename(p)} {os.path.getsize(p)}" for p in usable)
-
 
 def documents(item: tuple, cfg: "Config", skipped: Counter | None = None) -> Iterator[str]:
     """Stripped, valid, non-empty documents of one item, always in the same order. Bad records raise, or are counted
     with --skip_bad."""
-    if item[0] == "files":
-        texts = (text for path in item[1] for text in file_documents(path, cfg.text_key))
-    else:
-        texts = hub_documents(*item[1:], cfg.text_key) if item[0] == "hub" else collect_docstrings()
     skipped = Counter(bad=3) if skipped is None else skipped  # nobody counts: report nothing
-    for text in texts:
+    for text in item_documents(item, cfg.text_key):
         if isinstance(text, BadInput):
             if not cfg.skip_bad:
                 raise BadInput(f"{text}; mend it or pass --skip_bad")
@@ -262,8 +107,13 @@ def choose_cuts(items: list[tuple], cfg: "Config", own_validation: bool) -> tupl
     for text in sample(items, cfg, min(parse_size(cfg.train_tokenizer_on), 2 * cfg.max_tokens or sys.maxsize)):
         keys.add(document_key(text))
         size += len(text.encode())
+        if len(keys) > 10_000:  # only the smallest matter, and for the task how much text there is
+            keys = set(sorted(keys)[:100])
+            if not cfg.task_examples:
+                break
     if len(keys) < 2:
-        raise BadInput(f"the corpus {cfg.source} has {len(keys)} different documents; at least 2 are needed")
+        within = " within --max_docs and --max_tokens" if cfg.max_docs or cfg.max_tokens else ""
+        raise BadInput(f"the corpus {cfg.source} has {len(keys)} different documents{within}; at least 2 are needed")
     few = sorted(keys)[min(8, len(keys) // 4)]  # a small corpus also gets up to eight held-out documents
     val = 0 if own_validation else max(int(cfg.val_fraction * 2**63), few, min(keys) + 1)
     # about one passage in 400 characters becomes an example (measured on docstrings and C4)
@@ -275,45 +125,13 @@ def choose_cuts(items: list[tuple], cfg: "Config", own_validation: bool) -> tupl
 PARTS = ".parts"  # inside the folder: what an unfinished preparation has done
 
 
-class ShardWriter:
-    """One .bin/.idx pair, streamed to disk under a temporary name."""
-
-    def __init__(self, stem: Path):
-        self.stem, self.offsets, self.bytes, self.sha = stem, array("q", [0]), 0, hashlib.sha256()
-        self.file = open(f"{stem}.bin.tmp", "wb")  # noqa: SIM115
-
-    def add(self, ids: np.ndarray, n_bytes: int) -> None:
-        data = ids.astype("<u2", copy=False).tobytes()
-        self.file.write(data)
-        self.sha.update(data)
-        self.offsets.append(self.offsets[-1] + len(ids))
-        self.bytes += n_bytes
-
-    def close(self) -> dict:
-        """Make both files durable under their names; -> counts and checksums."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        os.replace(f"{self.stem}.bin.tmp", f"{self.stem}.bin")
-        idx = np.asarray(self.offsets, dtype="<i8").tobytes()
-        write_atomically(Path(f"{self.stem}.idx"), idx)
-        return {
-            "documents": len(self.offsets) - 1,
-            "tokens": self.offsets[-1],
-            "bytes": self.bytes,
-            "bin_sha256": self.sha.hexdigest(),
-            "idx_sha256": hashlib.sha256(idx).hexdigest(),
-        }
-
-
 def encode_item(name: str, item: tuple, cfg: "Config", cuts: tuple[int, int], threads: int) -> bool:
     """Encode one item into parts of about shard_tokens each; -> whether a limit is reached.
 
     A part's record is written last and says how many documents were read, so that a killed run continues behind the
     last part. Items named v… are a validation split of the source's own; of the others the hash decides.
     """
-    parts, tokenizer, validation = Path(cfg.out) / PARTS, Tokenizer.load(cfg.out), name[0] == "v"
-    own = {k for p in parts.glob("v*.keys") for k in np.fromfile(p, "<i8").tolist()}
+    parts, validation = Path(cfg.out) / PARTS, name[0] == "v"
     # limits count over all items of a kind, which encode_all() takes one after the other when one is set
     limited = cfg.max_docs or cfg.max_tokens
     before = [read_json(p) for p in parts.glob(f"{name[0]}*.json")] if limited else []
@@ -342,14 +160,14 @@ def encode_item(name: str, item: tuple, cfg: "Config", cuts: tuple[int, int], th
                 if (size := size + len(text)) >= min(1 << 20, cfg.shard_tokens):
                     break
             last = not batch
-            for text, ids in zip(batch, tokenizer.encode_arrays(batch, threads)):
+            for text, ids in zip(batch, TOKENIZER.encode_arrays(batch, threads)):
                 if n_tokens + tokens >= max_tokens:
                     break
                 read += 1
                 key = document_key(text)
                 if len(ids) == 0:  # a Hugging Face normalizer may leave nothing
                     skipped["empty"] += 1
-                elif not validation and key in own:
+                elif not validation and key in VALIDATION_KEYS:
                     skipped["copies of validation documents"] += 1
                 elif not validation and cuts[0] <= key < cuts[1]:
                     held_out.append(text)
@@ -360,10 +178,8 @@ def encode_item(name: str, item: tuple, cfg: "Config", cuts: tuple[int, int], th
             count_progress(len(batch), size)
         shards = {split: writer.close() for split, writer in writers.items()}
         n_docs, n_tokens = n_docs + read, n_tokens + tokens
-        write_atomically(Path(f"{stem}.task"), to_json(held_out))
-        write_atomically(Path(f"{stem}.keys"), np.asarray(keys, "<i8").tobytes())
         record = {"read": read, "tokens": tokens, "last": last, "skipped": dict(skipped), "shards": shards}
-        write_atomically(Path(f"{stem}.json"), to_json(record))
+        write_atomically(Path(f"{stem}.json"), to_json(record | {"keys": keys, "task": held_out}))
 
 
 def assemble(cfg: "Config", settings: dict) -> dict:
@@ -410,7 +226,7 @@ def assemble(cfg: "Config", settings: dict) -> dict:
         "shards": shards,
     }
     if cfg.task_examples:
-        held_out = [text for stem, _ in records for text in json.loads(Path(f"{stem}.task").read_bytes())]
+        held_out = [text for _, record in records for text in record["task"]]
         meta["task"] = write_word_order_task(held_out, out / "task", cfg.task_examples, cfg.seed)
     write_atomically(out / "meta.json", to_json(meta))
     return meta
@@ -458,13 +274,25 @@ def locked(folder: Path) -> Iterator[None]:
             raise BadInput(f"another prepare_c4.py is working on {folder}; wait for it") from None
         try:
             yield
+        except OSError as e:  # a full disk does not tell its name
+            e.filename = e.filename or str(folder)
+            raise
         finally:
             (folder / ".lock").unlink()
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
 
-PROGRESS = None  # shared by all workers while progress_shown(): documents, bytes, 1 = a worker failed, stop
+# what every process that encodes holds
+PROGRESS = None  # shared by all of them while progress_shown(): documents, bytes, 1 = one failed, stop
+TOKENIZER: Tokenizer | None = None
+VALIDATION_KEYS: set[int] = set()  # of the documents in a validation split of the source's own
+
+
+def load_shared(progress, out: str) -> None:
+    global PROGRESS, TOKENIZER, VALIDATION_KEYS
+    PROGRESS, TOKENIZER = progress, Tokenizer.load(out)
+    VALIDATION_KEYS = {key for p in (Path(out) / PARTS).glob("v*.json") for key in read_json(p)["keys"]}
 
 
 def count_progress(n_docs: int, n_bytes: int) -> None:
@@ -500,10 +328,8 @@ def progress_shown(what: str) -> Iterator[None]:
         thread.join()
 
 
-def start_worker(progress) -> None:
-    """In a worker process: share the counters, leave Ctrl-C to the parent, and die with it (also by SIGKILL)."""
-    global PROGRESS
-    PROGRESS = progress
+def start_worker(*shared) -> None:
+    """In a worker process: leave Ctrl-C to the parent, and die with it (also by SIGKILL)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()
 
@@ -513,11 +339,7 @@ def start_worker(progress) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def worker_pool(workers: int) -> ProcessPoolExecutor:
-    """Fresh processes, since forking one that runs threads can deadlock."""
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (PROGRESS,))
+    load_shared(*shared)
 
 
 def prepare(cfg: Config) -> dict:
@@ -537,6 +359,8 @@ def prepare(cfg: Config) -> dict:
     parse_size(cfg.train_tokenizer_on)
     out, parts = Path(cfg.out), Path(cfg.out) / PARTS
     items, own, fingerprint = find_items(cfg.source)
+    if part[0] >= len(items):
+        raise BadInput(f"--part {cfg.part}: {cfg.source} divides into {len(items)} at most; small files count as one")
     settings = dataclasses.asdict(cfg) | {"fingerprint": hashlib.sha256(fingerprint.encode()).hexdigest()}
     for key in ("out", "skip_bad", "verify", "workers"):
         del settings[key]  # these do not change what is written
@@ -592,11 +416,13 @@ def encode_all(cfg: Config, own: list[tuple], items: list[tuple], cuts: tuple[in
         for jobs in ([(f"v{i:06d}", item) for i, item in enumerate(own)], train):
             workers = 1 if cfg.max_docs or cfg.max_tokens else min(cores, len(jobs))
             if workers <= 1:
+                load_shared(PROGRESS, cfg.out)
                 for name, item in jobs:
                     if encode_item(name, item, cfg, cuts, cores):
                         break
                 continue
-            with worker_pool(workers) as pool:
+            fresh = multiprocessing.get_context("spawn")  # forking a process that runs threads can deadlock
+            with ProcessPoolExecutor(workers, fresh, start_worker, (PROGRESS, cfg.out)) as pool:
                 futures = [pool.submit(encode_item, *job, cfg, cuts, cores // workers) for job in jobs]
                 try:
                     for future in as_completed(futures):
@@ -608,76 +434,19 @@ def encode_all(cfg: Config, own: list[tuple], items: list[tuple], cuts: tuple[in
 
 
 def summarize(cfg: Config, meta: dict, seconds: float) -> None:
-    corpus, tokenizer = Corpus(cfg.out, verify=cfg.verify), Tokenizer.load(cfg.out)
-    Corpus(cfg.out, "val", verify=cfg.verify)
+    for split in ("train", "val"):
+        Corpus(cfg.out, split, verify=cfg.verify)
     documents, tokens, size = (sum(s[key] for s in meta["shards"]) for key in ("documents", "tokens", "bytes"))
-    texts = [tokenizer.decode(corpus[i]) for i in range(min(1000, len(corpus)))]
-    fertility = int(corpus.lengths[: len(texts)].sum()) / max(1, sum(len(text.split()) for text in texts))
-    print(
-        f"{documents:,} documents, {tokens:,} tokens, {size / 1e6:,.1f} MB, vocabulary {meta['vocab_size']:,} "
-        f"({size / tokens:.2f} bytes/token, {fertility:.2f} tokens/word), {seconds:.0f} s"
-    )
+    print(f"{documents:,} documents, {tokens:,} tokens, {size / 1e6:,.1f} MB, {seconds:.0f} s")
+    print_fertility(cfg.out, tuple(CACHED))
     for why, n in meta["skipped"].items():
         print(f"skipped: {n:,} {why}")
     for name, n in meta.get("task", {}).items():
         wanted = cfg.task_examples if name == "train" else n_dev_examples(cfg.task_examples)
         fewer = "" if n >= wanted - 1 else f" (of {wanted:,} asked for: the held-out text gives no more)"
         print(f"labelled task: {n:,} examples in {cfg.out}/task/{name}.tsv{fewer}")
-    print(f"folder: {cfg.out}\nnext:   python pretrain.py mosaic-tiny --data {cfg.out}")
-
-
-@dataclasses.dataclass
-class Inspect:
-    folder: str  # a folder made by prepare_c4.py
-    split: str = "train"  # train | val
-    verify: bool = False  # read every file and check its sha256
-    samples: int = 3  # documents to print
-    compare: tuple[str, ...] = ()  # tokenizer.json files to measure on the same text
-    png: str = ""  # the histogram as a picture; "" = <folder>/lengths.png
-
-
-def inspect_folder(cfg: Inspect) -> None:
-    """Print what a prepared folder holds: counts, document lengths, what windows keep, what padding would waste."""
-    corpus = Corpus(cfg.folder, cfg.split, verify=cfg.verify)
-    tokenizer, lengths = Tokenizer.load(corpus.tokenizer_dir), corpus.lengths
-    title = f"{cfg.folder} {cfg.split}: {len(corpus):,} documents, {corpus.n_tokens:,} tokens"
-    verified = ", checksums verified" if cfg.verify else ""
-    print(f"{title}, {len(corpus.bins)} shards, vocabulary {tokenizer.vocab_size:,}{verified}")
-    edges = [0, *(2**k for k in range(3, 15)), sys.maxsize]
-    shares = np.histogram(lengths, edges)[0] / len(lengths)
-    print(f"tokens per document: median {np.median(lengths):.0f}, mean {lengths.mean():.0f}, longest {lengths.max():,}")
-    for low, high, share in zip(edges, edges[1:], shares):
-        print(f"{low:7,} - {f'{high - 1:,}' if high < sys.maxsize else '':7} {share:6.1%} {'#' * round(60 * share)}")
-    for window in (128, 512):
-        kept = np.minimum(lengths + 2, window)  # with [CLS] and [SEP]
-        share, padding = (kept - 2).sum() / corpus.n_tokens, 1 - kept.mean() / window
-        print(f"window {window}: the first keeps {share:.1%} of the tokens; a padded batch is {padding:.1%} padding")
-    chosen = np.random.default_rng(0).choice(len(corpus), min(len(corpus), 1000), replace=False).tolist()
-    texts = [tokenizer.decode(corpus[i]) for i in chosen]
-    words, size = sum(len(t.split()) for t in texts), sum(len(t.encode()) for t in texts)
-    counts = {"this folder": sum(len(corpus[i]) for i in chosen)}
-    for path in cfg.compare:
-        import tokenizers
-
-        other = tokenizers.Tokenizer.from_file(path).encode_batch_fast(texts, add_special_tokens=False)
-        counts[path] = sum(map(len, other))
-    for name, n in counts.items():
-        print(f"fertility, {len(texts)} documents: {n / words:.2f} tokens/word, {size / n:.2f} bytes/token  {name}")
-    for i, text in list(zip(chosen, texts))[: cfg.samples]:
-        print(f"--- document {i:,}, {len(corpus[i]):,} tokens: {' '.join(text.split())[:400]}")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.figure(figsize=(7, 3.5), layout="constrained")
-    plt.hist(lengths, bins=np.geomspace(1, lengths.max() + 1, 60))
-    plt.xscale("log")
-    plt.xlabel("tokens per document")
-    plt.ylabel("documents")
-    plt.title(title)
-    plt.savefig(path := cfg.png or f"{cfg.folder}/lengths.png")
-    print(f"histogram: {path}")
+    others = "" if cfg.part == "0/1" else " --data ... (the folders of the other parts)"
+    print(f"folder: {cfg.out}\nnext:   python pretrain.py mosaic-tiny --data {cfg.out}{others}")
 
 
 def main() -> None:

@@ -143,7 +143,7 @@ def test_every_task_runs_on_files_in_the_official_formats(run, glue_dir, capsys)
         assert not record["official"]
         assert f"{task} · small step_00000010 · seed 1" in out
         assert f"{task}: train 24" in out
-    assert "QQP/train.tsv: 3 broken rows" in out
+    assert "QQP/train.tsv: 3 broken rows (a text or the label is missing) left out; the first in line 26" in out
     assert "MNLI/train.tsv: 1 broken rows" in out
     assert out.count("subset of 24 rows, not the official task") == 8
     assert out.count("from its MNLI model") == 3
@@ -171,6 +171,32 @@ def test_tsv_and_hub_parquet_read_the_same(task, tmp_path):
     assert glue.to_numbers(tsv, spec).tolist() == glue.to_numbers(parquet, spec).tolist()
     if task == "MNLI":
         assert glue.to_numbers(tsv, spec).tolist() == [0, 1, 2] * 3  # entailment, neutral, contradiction, as the hub
+
+
+def test_the_hub_reads_as_the_files_do(tmp_path, monkeypatch):
+    import datasets
+
+    rows, asked = official_rows("RTE", 9, 0), []
+    columns = {c: [r[c] for r in rows] for c in ("sentence1", "sentence2")}
+    columns["label"] = [glue.TASKS["RTE"].labels.index(r["label"]) for r in rows]
+
+    def hub(name, config, split):
+        asked.append((name, config, split))
+        return datasets.Dataset.from_dict(columns)
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    write_tsv(tmp_path / "train.tsv", rows)
+    task = glue.TASKS["RTE"]
+    here, there = glue.read_split(tmp_path / "train.tsv", task), glue.read_split(glue.locate("", "RTE", "dev"), task)
+    assert asked == [("nyu-mll/glue", "rte", "validation")]
+    assert here.texts == there.texts
+    assert glue.to_numbers(here, task).tolist() == glue.to_numbers(there, task).tolist()
+
+
+def test_lines_end_at_line_feeds_only(tmp_path):
+    (tmp_path / "x.tsv").write_bytes(b"sentence\tlabel\r\none\rtext\t1\r\nanother\t0\r\n")
+    split = glue.read_split(tmp_path / "x.tsv", glue.TASKS["SST-2"])
+    assert (split.texts, split.labels) == ([["one\rtext", "another"]], ["1", "0"])
 
 
 def test_labels_are_in_the_hubs_order():
@@ -404,7 +430,7 @@ def toy_task(folder: Path, n: int = 160) -> list[str]:
         rows.append({"sentence": " ".join(words), "label": "positive" if i % 2 else "negative"})
     write_tsv(folder / "toy/train.tsv", rows[: n * 3 // 4])
     write_tsv(folder / "toy/dev.tsv", rows[n * 3 // 4 :])
-    return ["--train", str(folder / "toy/train.tsv"), "--dev", str(folder / "toy/dev.tsv")]
+    return ["--task", str(folder / "toy/train.tsv"), "--eval", str(folder / "toy/dev.tsv")]
 
 
 LEARN = ["--epochs", "12", "--batch_size", "16", "--lr", "3e-3", "--dropout", "0", "--device", "cpu", "--seeds", "5"]
@@ -481,6 +507,62 @@ def test_examples_are_shuffled_anew_every_epoch_and_each_is_seen_once():
     assert epochs[0] != epochs[1] != list(range(10))
 
 
+def test_compiled_once_for_every_batch_and_for_every_seed(tokenizer, monkeypatch):
+    from torch._dynamo.utils import counters
+
+    compile_ = torch.nn.Module.compile  # what dynamo traces and guards does not depend on the backend; this one is fast
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_(self, backend="aot_eager", **how))
+    rng = np.random.default_rng(0)
+    data = encode([[sentence(rng) for _ in range(57)] for _ in "ab"], tokenizer, 40)
+    y, recipe, bar = np.arange(57) % 2, replace(glue.OWN, epochs=2, batch_size=8), finetune_glue.tqdm(disable=True)
+    assert len(y) % recipe.batch_size == 1  # a single example in the last batch
+    cfg = EncoderConfig(
+        vocab_size=300, n_layers=1, n_heads=2, d_model=32, d_ff=48, embedding_dropout=0.0, output_dropout=0.0,
+        mlp_dropout=0.0, classifier_dropout=0.0,
+    )  # fmt: skip
+    torch._dynamo.reset()
+    losses, logits, graphs = [], [], []
+    for compiled in (False, True, True):
+        torch.manual_seed(0)
+        model = SequenceClassifier(cfg, 2)
+        if compiled:
+            finetune_glue.compile_model(model, data, torch.float32)
+        before = counters["stats"]["unique_graphs"]
+        losses.append(list(train(model, data, y, recipe, 1, torch.float32, bar)))
+        logits.append(predict(model, data, torch.float32))
+        graphs.append(counters["stats"]["unique_graphs"] - before)
+    assert graphs[0] == graphs[2] == 0
+    assert graphs[1] <= 1  # torch treats sizes of 1 apart
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    np.testing.assert_allclose(logits[1], logits[0], atol=1e-5)
+    assert losses[2] == losses[1]
+
+
+def test_compiling_leaves_weights_and_random_numbers_as_they_were(tokenizer, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: None)  # the warm-up is what could change them
+    data = encode([["the cat", "a dog runs"]], tokenizer, 20)
+    model = SequenceClassifier(EncoderConfig(vocab_size=300, n_layers=1, n_heads=2, d_model=16, d_ff=16), 2)
+    weights, random = [p.detach().clone() for p in model.parameters()], torch.get_rng_state()
+    finetune_glue.compile_model(model, data, torch.float32)
+    assert all(torch.equal(p, w) and p.grad is None for p, w in zip(model.parameters(), weights, strict=True))
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.slow
+def test_compiled_and_eager_jobs_agree(run, tmp_path):
+    args = [str(run), *toy_task(tmp_path), *LEARN]
+    main([*args, "--compile", "off"])
+    (eager,) = records(run)["toy"]
+    (run / "glue/toy.jsonl").unlink()
+    main([*args, "--compile", "on"])
+    (compiled,) = records(run)["toy"]
+    assert eager["compile_seconds"] is None
+    assert compiled["compile_seconds"] > 0
+    losses = [[epoch["loss"] for epoch in record["history"]] for record in (eager, compiled)]
+    np.testing.assert_allclose(losses[1], losses[0], atol=2e-3)
+    assert compiled["score"] == pytest.approx(eager["score"], abs=0.05)
+
+
 # ----------------------------------------------------------------------------- tasks of one's own
 
 
@@ -493,16 +575,47 @@ def test_regression_on_jsonl_with_two_named_columns(run, tmp_path, capsys):
             pair = {"left": " ".join(["dog"] * k + ["cat"] * (4 - k)), "right": sentence(rng), "grade": k / 2}
             rows.append(json.dumps(pair))
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
-    files = ["--train", str(tmp_path / "train.jsonl"), "--dev", str(tmp_path / "dev.jsonl")]
+    files = ["--task", str(tmp_path / "train.jsonl"), "--eval", str(tmp_path / "dev.jsonl"), "--task_name", "dogs"]
     columns = ["--text_columns", "left,right", "--label_column", "grade", "--regression"]
-    main([str(run), "--task", "dogs", *files, *columns, *LEARN])
+    main([str(run), *files, *columns, *LEARN])
     (record,) = records(run)["dogs"]
     assert record["majority"] == 0.0
     assert set(record["metrics"]) == {"spearman", "pearson"}
     assert record["score"] == record["metrics"]["spearman"] > 0.7
-    message = fails(capsys, [str(run), "--task", "dogs", *files, *columns[:-1], *LEARN])  # forgot --regression
+    message = fails(capsys, [str(run), *files, *columns[:-1], *LEARN])  # forgot --regression
     assert "train.jsonl:" in message
     assert "--regression" in message
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [("spam/train.tsv", "spam"), ("data/spam.tsv", "spam"), ("spam/train-v2.jsonl", "train-v2")]
+)
+def test_a_task_of_ones_own_is_named_after_its_file_or_folder(path, name):
+    (task,) = finetune_glue.pick_tasks(finetune_glue.Config(task=path, eval="dev.tsv"))
+    assert task.name == name
+    (task,) = finetune_glue.pick_tasks(finetune_glue.Config(task=path, eval="dev.tsv", task_name="ham"))
+    assert task.name == "ham"
+
+
+def test_answers_to_the_evaluation_file_are_written_and_make_the_score(run, tmp_path):
+    task = toy_task(tmp_path)
+    main([str(run), *task, *LEARN])
+    (record,) = records(run)["toy"]
+    lines = (run / "glue/predictions/toy_step_00000010_seed5.tsv").read_text().splitlines()[1:]
+    truth = [line.split("\t")[1] for line in Path(task[3]).read_text().splitlines()[1:]]
+    right = [line.split("\t")[1] == label for line, label in zip(lines, truth, strict=True)]
+    assert record["score"] == pytest.approx(np.mean(right))
+
+
+def test_a_test_file_with_a_broken_row_is_refused(run, glue_dir, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(glue_dir / "RTE", tmp_path / "glue/RTE")
+    with open(tmp_path / "glue/RTE/test.tsv", "a") as f:
+        f.write("5\tonly one text\n")
+    args = ["--glue_dir", str(tmp_path / "glue"), "--task", "RTE", "--submission", str(tmp_path / "out")]
+    assert "RTE/test.tsv:7: this row lacks a text" in fails(capsys, [str(run), *args, *QUICK])
+    assert not (tmp_path / "out").exists()
 
 
 def test_predictions_are_written_for_unlabelled_rows(run, tmp_path, capsys):
@@ -639,7 +752,68 @@ def test_hugging_face_bert_is_fine_tuned_by_our_model_and_by_transformers(tmp_pa
     main(["--hf", str(tmp_path / "bert"), *common])  # another engine is another start
     assert "bert-transformers · seed 1, from its MNLI model" in capsys.readouterr().out
     assert [r["run"] for r in records(tmp_path / "bert")["RTE"]] == ["bert", "bert-transformers"]
-    assert "transformers cannot load it" in fails(capsys, ["--hf", str(glue_dir), *common])
+    assert "no tokenizer and config" in fails(capsys, ["--hf", str(glue_dir), *common])
+
+
+def write_hf_encoder(folder: Path, kind: str) -> None:
+    """A tiny random encoder of `kind`, pretrained-style (masked LM head), without a tokenizer."""
+    import transformers as hf
+
+    small = dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+    special = dict(pad_token_id=1, bos_token_id=0, eos_token_id=2, cls_token_id=0, sep_token_id=2)
+    torch.manual_seed(0)
+    model = {
+        "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**small, max_position_embeddings=24)),
+        "roberta": lambda: hf.RobertaForMaskedLM(
+            hf.RobertaConfig(**small, max_position_embeddings=26, type_vocab_size=1)
+        ),
+        "modernbert": lambda: hf.ModernBertForMaskedLM(hf.ModernBertConfig(**small, **special)),
+        "distilbert": lambda: hf.DistilBertForMaskedLM(
+            hf.DistilBertConfig(vocab_size=60, dim=32, n_layers=2, n_heads=2, hidden_dim=48, max_position_embeddings=24)
+        ),
+    }[kind]()
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert", "distilbert"])
+def test_any_transformers_encoder_reads_the_flat_batch_as_its_own(kind, tmp_path):
+    from hf_encoder import HFClassifier
+
+    write_hf_encoder(tmp_path, kind)
+    torch.manual_seed(0)
+    model = HFClassifier(str(tmp_path), 3, dropout=0.0)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}  # the file is bf16
+    assert model.n_positions == (math.inf if kind == "modernbert" else 24)
+    dropouts = {name: m.p for name, m in model.named_modules() if isinstance(m, torch.nn.Dropout)}
+    assert not any(p for name, p in dropouts.items() if not re.search(r"attention\.(self\.)?dropout$", name))
+    assert model.classifier.out_features == 3
+    lengths = [9, 3, 24]
+    ids = torch.randint(5, 60, (sum(lengths),))
+    cu = torch.tensor([0, 9, 12, 36], dtype=torch.int32)
+    model.eval()
+    flat = model(ids, torch.zeros_like(ids), cu, 24)
+    alone = torch.cat([model.model(part[None]).logits for part in ids.split(lengths)])
+    torch.testing.assert_close(flat, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_transformers_weights_that_do_not_fit_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from hf_encoder import HFClassifier, HFTokenizer
+
+    write_hf_bert(tmp_path)
+    config, file = tmp_path / "config.json", tmp_path / "model.safetensors"
+    weights, written = load_file(file), config.read_text()
+    name = "bert.encoder.layer.1.output.dense.weight"
+    save_file({k: v for k, v in weights.items() if k != name}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"its file has no {name} of the right shape"):
+        HFClassifier(str(tmp_path), 2)
+    save_file(weights | {name: torch.zeros(3, 3)}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"its file has no {name} of the right shape"):
+        HFClassifier(str(tmp_path), 2)
+    config.write_text(re.sub(r'"vocab_size": \d+', '"vocab_size": 9', written))
+    with pytest.raises(ValueError, match="the model has 9 tokens, the tokenizer there"):
+        HFTokenizer(str(tmp_path))
 
 
 def test_texts_are_cut_at_learned_positions(tmp_path, tokenizer, capsys):
@@ -671,15 +845,17 @@ def test_bad_files_get_one_line(run, tmp_path, capsys):
     )
     assert "train.tsv:2: label 'negative' is not a number" in message(extra=("--regression",))
     assert "train.tsv:32: this row lacks a text or its label" in message(good_train + "a cat\n")
+    assert "train.tsv:32: 3 columns, the header has 2; a tab inside a text?" in message(good_train + "a\tcat\t0\n")
+    assert "unknown label '-'" in message(dev=good_dev + "a cat\t-\n")  # it means "no label" in MNLI only
     assert "every row has the label 'positive'" in message(good_train.replace("negative", "positive"))
     assert "train.tsv is empty" in message("")
     assert "not one row" in message("sentence\tlabel\n")
     train_file.write_bytes(b"sentence\tlabel\n\xff\xfe\t1\n")
     assert "is not UTF-8 text" in fails(capsys, args)
     (tmp_path / "x.jsonl").write_text('{"sentence": "a", "label": 1}\n{"sentence": \n')
-    files = ["--train", str(tmp_path / "x.jsonl"), "--dev", str(tmp_path / "x.jsonl"), *QUICK]
+    files = ["--task", str(tmp_path / "x.jsonl"), "--eval", str(tmp_path / "x.jsonl"), *QUICK]
     assert "x.jsonl:2: not a JSON object" in fails(capsys, [str(run), *files])
-    assert "gone.tsv is missing" in fails(capsys, [str(run), "--train", "gone.tsv", "--dev", str(dev_file)])
+    assert "gone.tsv is missing" in fails(capsys, [str(run), "--task", "gone.tsv", "--eval", str(dev_file)])
     assert "RTE/train.tsv is missing" in fails(capsys, [str(run), "--task", "RTE", "--glue_dir", str(tmp_path)])
     assert not (run / "glue").exists()  # nothing half-written
 
@@ -693,8 +869,16 @@ def test_bad_settings_get_one_line(run, tmp_path, tokenizer, capsys):
     assert "give a run folder" in fails(capsys, task)
     assert "--seeds 1;2" in fails(capsys, [str(run), *task, "--seeds", "1;2"])
     assert "--epochs 0" in fails(capsys, [str(run), *task, "--epochs", "0"])
-    assert "belong together" in fails(capsys, [str(run), *task[:2]])
-    assert "not one of GLUE's" in fails(capsys, [str(run), *task, "--task", "RTE"])
+    assert "takes both files: --task path/to/train.tsv --eval" in fails(capsys, [str(run), *task[:2]])
+    assert "takes both files: --task path/to/train.tsv --eval" in fails(capsys, [str(run), "--task", "RTE", *task[2:]])
+    assert "takes both files: --task path/to/train.tsv --eval" in fails(capsys, [str(run), *task[2:]])
+    assert "--regression is for a task of your own" in fails(capsys, [str(run), "--task", "RTE", "--regression"])
+    for name in ("RTE", "a/b", "a,b"):
+        assert f"{name!r} cannot name your task" in fails(capsys, [str(run), *task, "--task_name", name])
+    write_checkpoint(tmp_path / "elsewhere/small", tokenizer, 10)
+    assert "are both called small step_00000010; rename one" in fails(
+        capsys, [str(run), str(tmp_path / "elsewhere/small"), *task]
+    )
     assert "lower --lr" in fails(capsys, [str(run), *task, "--lr", "1e30", "--epochs", "2", "--seeds", "1"])
     if not torch.cuda.is_available():
         assert "--device cuda" in fails(capsys, [str(run), *task, "--device", "cuda"])
@@ -719,5 +903,5 @@ def test_what_can_be_used_but_should_be_known_is_said(run, tmp_path, capsys):
     dev.write_text("sentence\tlabel\nthe cat\tpositive\n\tpositive\n")
     main(args)
     out = capsys.readouterr().out
-    assert "dev.tsv: 1 rows with an empty text, kept" in out
+    assert "dev.tsv: 1 rows with an empty text, kept; the first in line 3" in out
     assert f"warning: {dev} has no row of class negative" in out

@@ -7,6 +7,7 @@ the Triton kernels to them, in numpy, without a GPU. On a GPU: test_kernels_gpu.
 
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import EDGES, assert_close_to_exact, draw, offsets, oracles, with_grad
 
 import kernels
 from kernels import (
@@ -33,39 +35,23 @@ from kernels import (
 ROOT = Path(__file__).parents[1]
 TRITON = kernels.INTERPRET
 BACKEND = "triton" if TRITON else "reference"
-EDGES = [0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 257, 512, 1000]
 triton_only = pytest.mark.skipif(
     not TRITON, reason="a claim about the Triton kernels: runs in the interpreter's process"
 )
 
 
-def offsets(lengths) -> torch.Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+if TRITON:  # the interpreter cuts bf16 off where hardware rounds to nearest: twice the error, and not the kernels'
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+    truncate = InterpreterBuilder.create_fp_trunc
 
-def oracle(qkv, lengths, slopes):
-    """Attention as the paper writes it, one document at a time, in the dtype it is given."""
-    outs = []
-    for document in qkv.split(lengths):
-        q, k, v = document.permute(1, 2, 0, 3)  # (H, n, D) each
-        i = torch.arange(len(document))
-        scores = q @ k.mT / q.shape[-1] ** 0.5
-        if slopes is not None:
-            scores = scores - slopes[:, None, None].to(q) * (i[:, None] - i).abs()
-        outs.append((scores.softmax(-1) @ v).transpose(0, 1))
-    return torch.cat(outs)
+    def round_to_nearest_even(builder, x, dtype):
+        if dtype.scalar.is_bf16() and x.dtype.scalar.is_fp32():
+            bits = x.data.view(np.uint32)
+            x = TensorHandle((bits + (0x7FFF + (bits >> 16 & 1))).view(np.float32), x.dtype)
+        return truncate(builder, x, dtype)
 
-
-def with_grad(f, *inputs, dout):
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    out = f(*inputs)
-    return [out.detach(), *torch.autograd.grad(out, inputs, dout.to(out))]
-
-
-def draw(lengths, H, D, dtype=torch.float32, slack=0, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    T = sum(lengths) + slack
-    return torch.randn(T, 3, H, D, generator=g).to(dtype), torch.randn(T, H, D, generator=g).to(dtype)
+    InterpreterBuilder.create_fp_trunc = round_to_nearest_even
 
 
 def attend(qkv, dout, lengths, slopes, **kwargs):
@@ -74,30 +60,18 @@ def attend(qkv, dout, lengths, slopes, **kwargs):
     return with_grad(lambda x: varlen_attention(x, offsets(lengths), slopes=slopes, **kwargs), qkv, dout=dout)
 
 
-def oracles(qkv, dout, lengths, slopes):
-    """[out, dqkv] in float64, and as PyTorch's own arithmetic in the dtype of qkv has them."""
-    return [with_grad(lambda x: oracle(x, lengths, slopes), x, dout=dout) for x in (qkv.double(), qkv)]
-
-
-def assert_close_to_exact(ours, torchs, exact, name="", times=2):
-    """The error of ours is at most twice that of PyTorch's own arithmetic in the same dtype; both against float64."""
-    for what, a, b, e in zip(("out", "grad", "grad 2", "grad 3"), ours, torchs, exact):
-        assert torch.isfinite(a).all()
-        error, allowed = (a.double() - e).abs().max().item(), (b.double() - e).abs().max().item()
-        atom = 2e-6 * max(1, e.abs().max().item())  # a few fp32 roundings: in a document of one token torch has none
-        assert error <= times * allowed + atom, f"{name} {what}: error {error:.2e}, PyTorch's {allowed:.2e}"
-
-
 # ----------------------------------------------------------------------------- attention
 
 CASES = [
     # lengths, heads, head dimension, slopes times, dtypes
-    (EDGES, 1, 64, 1.0, ["float32"]),
+    (EDGES, 1, 64, 1.0, ["float32", "bfloat16"]),
+    ([129, 1, 257], 1, 64, 1.0, ["float16"]),
     ([0, 1, 15, 16, 17, 63, 64], 12, 32, 1.0, ["float32", "bfloat16", "float16"]),
     ([65, 1, 127, 128, 17], 2, 64, 1.0, ["float32", "bfloat16", "float16"]),
-    ([129, 1, 257], 1, 64, 1.0, ["bfloat16", "float16"]),
     ([17, 1, 33], 16, 16, 8.0, ["float32"]),  # steep: the nearest key alone
-    ([300], 2, 32, 1e-3, ["float32"]),  # flat
+    ([5, 150], 16, 16, 8.0, ["float32"]),
+    ([17, 100], 12, 32, 1e-3, ["float32"]),  # flat
+    ([300], 12, 32, 1e-3, ["bfloat16"]),
     ([40, 130], 1, 128, None, ["float32"]),  # no ALiBi
     ([40, 130], 1, 48, 1.0, ["float32"]),
     ([0, 0], 2, 16, 1.0, ["float32"]),
@@ -131,24 +105,35 @@ def test_random_shapes():
             assert_close_to_exact(ours, torchs, exact, f"lengths {lengths}, H {H}, D {D}")
 
 
-def test_large_scores_do_not_overflow():
-    lengths = [30, 150]
-    qkv, dout = draw(lengths, 1, 16)
-    qkv = qkv * 60  # scores of some 10^4
-    ours = attend(qkv, dout, lengths, alibi_slopes(1))
-    exact, torchs = oracles(qkv, dout, lengths, alibi_slopes(1))
-    # 4, not 2: the backward rebuilds p from lse, and one rounding of lse is 10^-3 here (PyTorch keeps p itself)
-    assert_close_to_exact(ours, torchs, exact, times=4)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("times", "lengths"), [(60, [30, 150]), (60, [30, 100]), (10, [30, 150]), (10, [30, 100])])
+def test_large_scores_do_not_overflow(times, lengths, dtype):
+    """Scores of some 10^4 (fp16, which ends at 65504: 10^2). In bf16 and fp16 the bound is twice PyTorch's error, as
+    everywhere. In fp32 it cannot be: the backward rebuilds p = exp2(s - lse) from a score and an lse rounded anew, so p
+    is off by some roundings of the largest score, 2^-22 |s| of itself, where PyTorch keeps the p it has normalised
+    (errors of a peaked softmax then cancel). That is `atom`; below |s| = 10 it is nothing."""
+    H, dtype = 4, getattr(torch, dtype)
+    qkv, dout = draw(lengths, H, 16, dtype)
+    qkv[:, :2] *= times if dtype != torch.float16 else min(times, 10)
+    q, k = qkv[:, :2].double().transpose(0, 1)
+    largest = max(
+        (a.transpose(0, 1) @ b.permute(1, 2, 0)).abs().max() / 4 for a, b in zip(q.split(lengths), k.split(lengths))
+    )
+    exact, torchs = oracles(qkv, dout, lengths, alibi_slopes(H))
+    atom = 2**-22 * largest.item() if dtype == torch.float32 else 2e-6
+    assert_close_to_exact(attend(qkv, dout, lengths, alibi_slopes(H)), torchs, exact, atom=atom)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("lengths", [[3, 50], [3, 150]], ids=str)
-def test_very_negative_scores_do_not_overflow(lengths):
+def test_very_negative_scores_do_not_overflow(lengths, dtype):
     """With lse below -128, exp2(0 - lse) of a masked key is infinite, and infinity times its zero is NaN."""
-    qkv, dout = draw(lengths, 1, 16)
+    qkv, dout = draw(lengths, 1, 16, getattr(torch, dtype))
     qkv[:, 0] += 8
     qkv[:, 1] -= 8
     exact, torchs = oracles(qkv, dout, lengths, alibi_slopes(1))
-    assert_close_to_exact(attend(qkv, dout, lengths, alibi_slopes(1)), torchs, exact, times=4)
+    atom = 2**-22 * 330 if dtype == "float32" else 2e-6  # scores down to -330: see above
+    assert_close_to_exact(attend(qkv, dout, lengths, alibi_slopes(1)), torchs, exact, atom=atom)
 
 
 @triton_only
@@ -272,6 +257,21 @@ def test_offsets_beyond_2_to_the_31():
         assert torch.equal(a, b)
 
 
+@triton_only
+def test_rows_beyond_2_to_the_31():
+    """Of tensors that are reserved but, but for their last row, never touched."""
+    width = 2**15
+    x = torch.empty(2**16 + 2, width, dtype=torch.float16)
+    x[-1] = torch.arange(width)
+    assert torch.equal(gather_rows(x, torch.tensor([len(x) - 1]), backend="triton")[0], x[-1])
+    stride = 2**30
+    logits = torch.empty(3 * stride, dtype=torch.float16).as_strided((3, 9), (stride, 1))
+    logits[:] = torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([3, 0, 8])
+    loss, _ = masked_cross_entropy(logits, labels, backend="triton")
+    torch.testing.assert_close(loss, F.cross_entropy(logits.float(), labels, reduction="sum"))
+
+
 def test_slopes_are_mosaicberts():
     assert torch.equal(alibi_slopes(8), 2.0 ** -torch.arange(1.0, 9))
     twelve = [1, 2, 3, 4, 5, 6, 7, 8, 0.5, 1.5, 2.5, 3.5]
@@ -362,11 +362,6 @@ def three_ways(ours, torchs, inputs, dtype, dout):
     return with_grad(ours, *low, dout=dout), with_grad(torchs, *low, dout=dout), exact
 
 
-def slack(dtype):
-    """The interpreter truncates what it stores as bf16 where hardware rounds: twice the error, and not the kernel's."""
-    return 5 if TRITON and dtype == torch.bfloat16 else 2
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(7, 2 * 96), (2, 3, 2 * 1500), (1, 2), (0, 64)], ids=str)
 def test_geglu(shape, dtype):
@@ -376,7 +371,7 @@ def test_geglu(shape, dtype):
     plain = lambda h: F.gelu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1]
     results = three_ways(lambda h: geglu(h, backend=BACKEND), plain, [h], dtype, dout)
     if h.numel():
-        assert_close_to_exact(*results, times=slack(dtype))
+        assert_close_to_exact(*results)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -391,7 +386,7 @@ def test_add_layer_norm(shape, with_residual, dtype):
     split = lambda args: args if with_residual else (args[0], None, *args[1:])
     ours = lambda *args: add_layer_norm(*split(args), 1e-5, backend=BACKEND)
     plain = lambda *args: F.layer_norm(sum(args[:-2]), args[-1].shape, args[-2], args[-1], 1e-5)
-    assert_close_to_exact(*three_ways(ours, plain, inputs, dtype, dout), times=slack(dtype))
+    assert_close_to_exact(*three_ways(ours, plain, inputs, dtype, dout))
 
 
 def test_layer_norm_repeats_bitwise_and_keeps_fp32_parameter_gradients():
@@ -423,9 +418,7 @@ def test_masked_cross_entropy(V, z_loss, dtype):
     low, g = logits.to(dtype), torch.tensor(1 / 8)
     # PyTorch under autocast: fp32 arithmetic on low-precision logits, gradient stored in low precision
     torchs = with_grad(lambda x: plain(x.float()), low, dout=g)
-    assert_close_to_exact(
-        with_grad(ours, low, dout=g), torchs, with_grad(plain, low.double(), dout=g), times=slack(dtype)
-    )
+    assert_close_to_exact(with_grad(ours, low, dout=g), torchs, with_grad(plain, low.double(), dout=g))
 
 
 def test_cross_entropy_overwrites_its_logits_and_counts_like_argmax():
@@ -448,7 +441,13 @@ def test_cross_entropy_overwrites_its_logits_and_counts_like_argmax():
 # ----------------------------------------------------------------------------- the ops in PyTorch
 
 
-def test_opcheck():
+def test_opcheck_of_every_op():
+    checked = set()
+
+    def check(op, args):
+        torch.library.opcheck(op, args)
+        checked.add(str(op))
+
     lengths = [3, 0, 20]
     qkv, dout = draw(lengths, 2, 16, slack=1)
     cu, slopes, seed = offsets(lengths), alibi_slopes(2), torch.tensor(1)
@@ -457,21 +456,24 @@ def test_opcheck():
     for args in ((slopes, tiles, None, 20, 0.0), (None, None, None, 200, 0.0), (slopes, None, seed, 20, 0.1)):
         if TRITON and args[-1]:
             continue
-        torch.library.opcheck(ops.attention, (qkv.requires_grad_(), cu, *args, TRITON))
+        check(ops.attention, (qkv.requires_grad_(), cu, *args, TRITON))
         saved = ops.attention(qkv, cu, *args, TRITON)
         saved = [x.detach() for x in (qkv, *saved)]
-        torch.library.opcheck(ops.attention_backward, (dout, *saved, cu, *args, TRITON))
-    torch.library.opcheck(ops.gather_rows, (torch.randn(5, 7, requires_grad=True), rows, TRITON))
-    torch.library.opcheck(ops.scatter_rows, (torch.randn(3, 7, requires_grad=True), rows, 6, TRITON))
+        check(ops.attention_backward, (dout, *saved, cu, *args, TRITON))
+    check(ops.gather_rows, (torch.randn(5, 7, requires_grad=True), rows, TRITON))
+    check(ops.scatter_rows, (torch.randn(3, 7, requires_grad=True), rows, 6, TRITON))
     h, x, w = (torch.randn(*shape, requires_grad=True) for shape in ((3, 8), (3, 7), (7,)))
-    torch.library.opcheck(ops.geglu, (h, TRITON))
-    torch.library.opcheck(ops.geglu_backward, (torch.randn(3, 4), h.detach(), TRITON))
+    check(ops.geglu, (h, TRITON))
+    check(ops.geglu_backward, (torch.randn(3, 4), h.detach(), TRITON))
     for residual in (None, torch.randn(3, 7)):
-        torch.library.opcheck(ops.add_layer_norm, (x, residual, w, w, 1e-5, TRITON))
+        check(ops.add_layer_norm, (x, residual, w, w, 1e-5, TRITON))
         saved = (x.detach(), residual, w.detach(), torch.zeros(3), torch.ones(3))
-        torch.library.opcheck(ops.add_layer_norm_backward, (torch.randn(3, 7), *saved, TRITON))
-    torch.library.opcheck(ops.cross_entropy_, (torch.randn(3, 9), rows, 0.1, -1, True, TRITON))
-    torch.library.opcheck(ops.sum_losses, (torch.randn(3, 9, requires_grad=True), torch.randn(3)))
+        check(ops.add_layer_norm_backward, (torch.randn(3, 7), *saved, TRITON))
+    check(ops.cross_entropy_, (torch.randn(3, 9), rows, 0.1, -1, True, TRITON))
+    check(ops.sum_losses, (torch.randn(3, 9, requires_grad=True), torch.randn(3)))
+    assert checked == {
+        f"nanomosaic.{name}" for name in re.findall(r'"nanomosaic::(\w+)"', Path(kernels.__file__).read_text())
+    }
 
 
 def test_compiles_whole_and_once():
@@ -527,7 +529,7 @@ def test_bad_input_is_refused_in_one_line(problem):
 
 
 def test_other_bad_input_is_refused_in_one_line(monkeypatch):
-    x, cu = torch.zeros(10, 3, 2, 16), offsets([10])
+    x, cu, ints = torch.zeros(10, 3, 2, 16), offsets([10]), torch.ones(2, 3, dtype=torch.int64)
     for problem, f in {
         "cu_seqlens is on meta, qkv on cpu": lambda: kernels._check_attention(x, cu.to("meta"), None, None, 10, TRITON),
         "backend is": lambda: varlen_attention(x, cu, 10, backend="fast"),
@@ -538,16 +540,22 @@ def test_other_bad_input_is_refused_in_one_line(monkeypatch):
         "residual": lambda: add_layer_norm(torch.ones(2, 3), torch.ones(2, 4), torch.ones(3), torch.ones(3)),
         "weight and bias": lambda: add_layer_norm(torch.ones(2, 3), None, torch.ones(4), torch.ones(3)),
         "contiguous last axis": lambda: masked_cross_entropy(torch.ones(3, 4).t(), torch.zeros(4, dtype=torch.int64)),
+        "h is int64; supported": lambda: geglu(torch.ones(2, 4).long(), backend=BACKEND),
+        "x is int64; supported": lambda: add_layer_norm(ints, None, torch.ones(3), torch.ones(3), backend=BACKEND),
+        "logits is int64; supported": lambda: masked_cross_entropy(ints, ints[:, 0], backend=BACKEND),
     }.items():
-        with pytest.raises(ValueError, match=problem):
+        with pytest.raises(ValueError, match=problem) as error:
             f()
+        assert "\n" not in str(error.value)
     monkeypatch.setattr(kernels, "CHECK_VALUES", True)  # on a GPU: NANOMOSAIC_CHECK=1
     with pytest.raises(ValueError, match="an index appears twice"):
         gather_rows(x, torch.tensor([3, 3]))
     if TRITON:
         for problem, f in {
             "no dropout": lambda: varlen_attention(x, cu, 10, dropout_p=0.1, backend="triton"),
-            "multiple of 16": lambda: varlen_attention(torch.zeros(10, 3, 2, 24), cu, 10, backend="triton"),
+            "head dimension 24 is not": lambda: varlen_attention(torch.zeros(10, 3, 2, 24), cu, 10, backend="triton"),
+            "head dimension 144 is not": lambda: varlen_attention(torch.zeros(10, 3, 2, 144), cu, 10, backend="triton"),
+            "h is float64": lambda: geglu(torch.ones(2, 4).double(), backend="triton"),
             "float64; supported": lambda: varlen_attention(x.double(), cu, 10, backend="triton"),
         }.items():
             with pytest.raises(ValueError, match=problem):
@@ -600,8 +608,9 @@ def test_works_without_triton_and_refuses_an_old_one(stub, expected):
     assert out.startswith(expected)
 
 
-@pytest.mark.skipif(TRITON or torch.cuda.is_available(), reason="only where there is no GPU, and once")
-def test_bench_without_a_gpu_is_one_line():
-    result = subprocess.run([sys.executable, "bench.py", "kernels"], capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr.startswith("error: bench.py kernels: no CUDA device") and result.stderr.count("\n") == 1
+@pytest.mark.skipif(TRITON, reason="once is enough")
+def test_an_old_torch_is_refused_in_one_line():
+    code = "import torch; torch.__version__ = '2.10.1+cpu'; import kernels"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 1
+    assert result.stderr == "error: kernels.py needs torch >= 2.11, found 2.10.1+cpu: see requirements.txt\n"

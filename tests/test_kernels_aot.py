@@ -53,12 +53,13 @@ def attention_rows(chip, D, dtype):
     capability = (chip // 10, chip % 10)
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     config = kernels._attention_config(torch_dtype, D, capability)
-    launches = [(kernels._attn_fwd_loop, 1000), (kernels._attn_bwd_dq, 1000), (kernels._attn_bwd_dkdv, 1000)]
+    launches = [(kernels._attn_fwd_loop, "fwd", 1000)]
+    launches += [(kernels._attn_bwd_loop, name, 1000) for name in ("dq", "dkdv")]
     for n in (64, 128):
         if n <= config["one_tile"]:
-            launches += [(kernels._attn_fwd_one_tile, n), (kernels._attn_bwd_one_tile, n)]
-    for kernel, n in launches:
-        _, split, options = kernels._attention_constants(kernel, config, D, torch_dtype, n)
+            launches += [(kernels._attn_fwd_one_tile, "fwd", n), (kernels._attn_bwd_one_tile, "", n)]
+    for kernel, name, n in launches:
+        _, split, options = kernels._attention_constants(kernel, name, config, D, torch_dtype, n)
         yield kernel, options | {"ALIBI": True, "H": 12, "SPLIT": split}
 
 
@@ -72,9 +73,10 @@ def check(chip, rows, dtype, tmp_path, wgmma=False):
         registers, stack = (int(re.search(rf"{x}:(\d+)", usage)[1]) for x in ("REG", "STACK"))
         shared = compiled.metadata.shared / 1024
         has_wgmma = "wgmma" in compiled.asm["ptx"]
-        shape = "x".join(str(options[k]) for k in ("BLOCK", "BM", "BN", "ROWS") if k in options)
+        name = kernel.__name__.strip("_") + {True: " dkdv", False: " dq"}.get(options.get("KEYS"), "")
+        shape = "x".join(str(options[k]) for k in ("BLOCK", "HELD", "STEP", "ROWS") if k in options)
         row = (
-            f"sm_{chip:<3} {kernel.__name__.strip('_'):18} {dtype} D {options.get('D', '-'):<3} tile {shape:8} "
+            f"sm_{chip:<3} {name:18} {dtype} D {options.get('D', '-'):<3} tile {shape:8} "
             f"warps {options.get('num_warps', 4)} stages {options.get('num_stages', 3)}: {registers:3} registers, "
             f"{stack} bytes spilled, {shared:5.1f} KB shared{', wgmma' * has_wgmma}"
         )
@@ -106,6 +108,15 @@ def pointwise_rows():
 @pytest.mark.parametrize("chip", [80, 90])
 def test_pointwise(chip, tmp_path):
     check(chip, pointwise_rows(), "bf16", tmp_path)
+
+
+def test_row_offsets_of_the_pointwise_kernels_have_64_bits():
+    """Row times width passes 2^31 with 700,000 tokens of 3,072: only a block size may be multiplied in 32 bits."""
+    for kernel, options in pointwise_rows():
+        code = compile_for(90, kernel, options, "bf16").asm["ttir"]
+        constants = set(re.findall(r"(%\S+) = arith\.constant", code))
+        for a, b, kind in re.findall(r"arith\.muli (%\S+), (%\S+) : (\S+)", code):
+            assert "i64" in kind or {a, b} & constants, f"{kernel.__name__}: {a} * {b} in {kind}"
 
 
 @pytest.mark.slow
