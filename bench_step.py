@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from batches import Batch, Batches, count_masked, mask_tokens
 from bench_kernels import C4_QUANTILES
 from corpus import SPECIALS, Corpus, Tokenizer
-from kernels import attention_backend, attention_tiles
+from kernels import attention_backend
 from machine import PEAK_BF16_TFLOPS, device_name, pick_device, pick_dtype, write_report
 from model import MaskedLM, flops_per_token
-from pretrain import make_optimizers
+from pretrain import build, make_optimizers, model_inputs
 from recipes import make_presets, masking_rate
 
 PARTS = ("data", "forward", "backward", "optimizer")
@@ -146,27 +146,15 @@ def ours(cfg: Config, family: str, size: str, seq_len: int, compiled: bool, sour
     rate = masking_rate(recipe.masking, 0.0)
     triton = shape.attention == "auto" and attention_backend(device.type)[0] == "triton"
 
-    def build(m):
-        batch = batches(m)
-        tiles = [attention_tiles(batch.cu_seqlens)] if triton else []
-        if device.type == "cuda":
-            batch.input_ids, batch.special, batch.cu_seqlens, *tiles = (
-                x.pin_memory() for x in (batch.input_ids, batch.special, batch.cu_seqlens, *tiles)
-            )
-        return batch, *tiles
-
     def inputs(m, built):
-        batch, *tiles = built
+        batch, tiles = built
         n_masked = count_masked(batches, m, rate)
         ids, masked_idx, labels = mask_tokens(batch, tokenizer, n_masked, recipe.corruption, recipe.seed, m, device)
-        flat = dict(zip(("cu_seqlens", "tiles"), (x.to(device, non_blocking=True) for x in (batch.cu_seqlens, *tiles))))
-        flat |= dict(masked_idx=masked_idx, labels=labels)
-        for x in flat.values():  # their lengths vary; without this, a compilation for each
-            torch._dynamo.maybe_mark_dynamic(x, 0)
-        return dict(input_ids=ids, max_seqlen=seq_len, **flat), len(ids)
+        return model_inputs(ids, batch.cu_seqlens, tiles, masked_idx, labels, seq_len, device), len(ids)
 
     return Contender(
-        f"{family}-{size}", model, make_optimizers(recipe, model, device), build, inputs,
+        f"{family}-{size}", model, make_optimizers(recipe, model, device),
+        lambda m: build(batches, m, triton, device), inputs,
         lambda **x: forward(**x)[0] / len(x["labels"]), flops_per_token(shape, batches.effective_length(), rate),
     )  # fmt: skip
 

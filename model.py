@@ -30,6 +30,7 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -652,7 +653,10 @@ def find_folder(path_or_name: str | Path) -> Path:
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     if (folder / "model.safetensors").is_file():
-        return load_file(folder / "model.safetensors")
+        try:
+            return load_file(folder / "model.safetensors")
+        except SafetensorError as e:
+            raise ValueError(f"{folder}/model.safetensors is damaged ({e})") from None
     if (folder / "pytorch_model.bin").is_file():
         return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
     raise ValueError(f"{folder}: no model.safetensors and no pytorch_model.bin")

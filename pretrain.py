@@ -166,6 +166,34 @@ def make_optimizers(cfg: TrainConfig, model: MaskedLM, device: torch.device) -> 
     ]
 
 
+def build(source: Batches, m: int, use_triton: bool, device: torch.device) -> tuple[Batch, Tensor | None]:
+    """Micro-batch m and, for the Triton kernels, the list of what to do in it, ready to be copied to the device."""
+    batch = source(m)
+    tiles = attention_tiles(batch.cu_seqlens) if use_triton else None
+    if device.type == "cuda":  # pinned, so that the copy does not wait
+        batch.input_ids, batch.special = batch.input_ids.pin_memory(), batch.special.pin_memory()
+        batch.cu_seqlens, tiles = batch.cu_seqlens.pin_memory(), tiles.pin_memory() if tiles is not None else None
+    return batch, tiles
+
+
+def model_inputs(
+    ids: Tensor,
+    cu_seqlens: Tensor,
+    tiles: Tensor | None,
+    masked_idx: Tensor,
+    labels: Tensor,
+    seq_len: int,
+    device: torch.device,
+) -> dict:
+    """A flat, masked batch as arguments of MaskedLM: ids (T,), cu_seqlens (B+1,), masked_idx and labels (M,)."""
+    flat = dict(cu_seqlens=cu_seqlens.to(device, non_blocking=True), masked_idx=masked_idx, labels=labels)
+    if tiles is not None:
+        flat["tiles"] = tiles.to(device, non_blocking=True)
+    for t in flat.values():  # their lengths vary; without this, a compilation for each
+        torch._dynamo.maybe_mark_dynamic(t, 0)
+    return dict(input_ids=ids, max_seqlen=seq_len, **flat)
+
+
 def train(preset: str, cfg: TrainConfig) -> Path:
     """Run or continue one pretraining; returns the run folder."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -336,14 +364,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
             "dollars": round(paid_dollars + gpu_seconds / 3600 * price, 4),
         }
 
-    def build(m: int, source: Batches = batches) -> tuple[Batch, Tensor | None]:
-        """A micro-batch and, for the Triton kernels, the list of what to do in it. Runs on a thread."""
-        batch = source(m)
-        tiles = attention_tiles(batch.cu_seqlens) if backend == "triton" else None
-        if device.type == "cuda":  # pinned, so that the copy to the device does not wait
-            batch.input_ids, batch.special = batch.input_ids.pin_memory(), batch.special.pin_memory()
-            batch.cu_seqlens, tiles = batch.cu_seqlens.pin_memory(), tiles.pin_memory() if tiles is not None else None
-        return batch, tiles
+    use_triton = backend == "triton"
 
     def loss_of(m: int, batch: Batch, tiles: Tensor | None, seed: int, rate: float, source: Batches):
         """Loss summed over the masked tokens, and how many were guessed right."""
@@ -352,14 +373,9 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         ids, masked_idx, labels = mask_tokens(batch, tokenizer, n_masked, corruption, seed, m, device)
         return guess(ids, batch.cu_seqlens, tiles, masked_idx, labels)
 
-    def guess(ids: Tensor, cu_seqlens: Tensor, tiles: Tensor | None, masked_idx: Tensor, labels: Tensor):
-        flat = dict(cu_seqlens=cu_seqlens.to(device, non_blocking=True), masked_idx=masked_idx, labels=labels)
-        if tiles is not None:
-            flat["tiles"] = tiles.to(device, non_blocking=True)
-        for t in flat.values():  # their lengths vary; without this, a compilation for each
-            torch._dynamo.maybe_mark_dynamic(t, 0)
+    def guess(*flat: Tensor | None):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return forward(ids, max_seqlen=cfg.seq_len, **flat)
+            return forward(**model_inputs(*flat, cfg.seq_len, device))
 
     sums_device = "cpu" if device.type == "mps" else device  # MPS has no float64
 
@@ -369,12 +385,12 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         model.eval()
         totals = torch.zeros(5, dtype=torch.float64, device=sums_device)
         for m in range(rank, max(1, cfg.eval_tokens // eval_batches.micro_tokens), world):
-            loss, right = loss_of(m, *build(m, eval_batches), 0, 0.15, eval_batches)
+            loss, right = loss_of(m, *build(eval_batches, m, use_triton, device), 0, 0.15, eval_batches)
             totals[:2] += torch.stack([loss, right]).to(totals)
             totals[2] += count_masked(eval_batches, m, 0.15)
         alone = one_mask_each(eval_batches(0), tokenizer, cfg.pppl_tokens, EVAL_MICRO_TOKENS)
         for ids, cu_seqlens, masked_idx, labels in list(alone)[rank::world]:
-            tiles = attention_tiles(cu_seqlens) if backend == "triton" else None
+            tiles = attention_tiles(cu_seqlens) if use_triton else None
             loss, _ = guess(ids.to(device), cu_seqlens, tiles, masked_idx.to(device), labels.to(device))
             totals[3:] += torch.stack([loss, loss.new_tensor(len(labels))]).to(totals)
         if world > 1:
@@ -413,7 +429,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
 
     coming = itertools.count(micro + rank, world)  # the micro-batches of this process
     pool = ThreadPoolExecutor(1)  # the next micro-batch is built while this one is computed
-    ahead = pool.submit(build, next(coming))
+    ahead = pool.submit(build, batches, next(coming), use_triton, device)
     bar = tqdm(total=100, unit="%", disable=rank != 0 or not sys.stderr.isatty(), bar_format="{l_bar}{bar}| {postfix}")
     model.train()
 
@@ -441,7 +457,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         sums = torch.zeros_like(window)
         for i in range(n_micro // world):
             (batch, tiles), m = ahead.result(), micro + rank + i * world
-            ahead = pool.submit(build, next(coming))
+            ahead = pool.submit(build, batches, next(coming), use_triton, device)
             torch.manual_seed(cfg.seed * 1_000_003 + m)  # dropout too depends on nothing but the micro-batch
             last = i == n_micro // world - 1
             with nullcontext() if last or world == 1 else forward.no_sync():

@@ -8,9 +8,8 @@ import torch
 import bench_step
 from batches import Batches
 from bench_step import Config, RandomCorpus, first_documents, mfu, open_data, ours, padded, run, theirs
-from kernels import masked_cross_entropy
 from machine import PEAK_BF16_TFLOPS
-from model import EncoderConfig, MaskedLM, flops_per_token
+from model import EncoderConfig, flops_per_token
 
 CPU = torch.device("cpu")
 TINY = Config(
@@ -100,23 +99,3 @@ def test_settings_that_cannot_work_are_refused_in_one_line(setting, says):
 def test_a_missing_corpus_is_refused_in_one_line(tmp_path):
     with pytest.raises(SystemExit, match=r"^error: .*nowhere"):
         run(Config(**{**vars(TINY), "data": str(tmp_path / "nowhere")}))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_fused_head_has_the_gradients_of_the_plain_one(dtype):
-    """Loss, hits and every gradient of head.loss against decoder and masked_cross_entropy, for a scaled loss."""
-    torch.manual_seed(0)
-    model = MaskedLM(EncoderConfig(vocab_size=128, n_layers=1, n_heads=2, d_model=32, d_ff=64)).train()
-    torch.nn.init.normal_(model.head.decoder.weight)
-    x, labels = torch.randn(20, 32), torch.randint(128, (20,))
-
-    def gradients(loss_of):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
-            loss, right = loss_of()
-        grads = torch.autograd.grad(loss / 7, list(model.head.parameters()))
-        return [loss.detach(), right, *grads]
-
-    fused = gradients(lambda: model.head.loss(x, labels))
-    plain = gradients(lambda: masked_cross_entropy(model.head(x), labels))
-    for a, b in zip(fused, plain):
-        assert (a - b).norm() <= (1e-5 if dtype == torch.float32 else 0.02) * b.norm()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from kernels import masked_cross_entropy
 from model import (
     PRESETS,
     Encoder,
@@ -632,3 +633,33 @@ def test_missing_folders_and_files_are_named(tmp_path, monkeypatch):
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="gpt2"):
         MaskedLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_head_has_the_gradients_of_the_plain_one(dtype):
+    """Loss, hits and every gradient of head.loss against decoder and masked_cross_entropy, for a scaled loss."""
+    torch.manual_seed(0)
+    model = MaskedLM(EncoderConfig(vocab_size=128, n_layers=1, n_heads=2, d_model=32, d_ff=64)).train()
+    torch.nn.init.normal_(model.head.decoder.weight)
+    x, labels = torch.randn(20, 32), torch.randint(128, (20,))
+
+    def gradients(loss_of):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+            loss, right = loss_of()
+        grads = torch.autograd.grad(loss / 7, list(model.head.parameters()))
+        return [loss.detach(), right, *grads]
+
+    fused = gradients(lambda: model.head.loss(x, labels))
+    plain = gradients(lambda: masked_cross_entropy(model.head(x), labels))
+    for a, b in zip(fused, plain):
+        assert (a - b).norm() <= (1e-5 if dtype == torch.float32 else 0.02) * b.norm()
+
+
+def test_damaged_weights_are_one_line_naming_the_file(tmp_path):
+    model = MaskedLM(EncoderConfig(vocab_size=128, n_layers=1, n_heads=2, d_model=32, d_ff=64))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged") as e:
+        MaskedLM.from_pretrained(tmp_path)
+    assert "\n" not in str(e.value)
