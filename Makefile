@@ -1,5 +1,6 @@
 # make demo    the whole pipeline on two CPU cores, about 10 minutes:  make demo [SOURCE=...] [TASK=RTE GLUE_DIR=...]
-# make test    the test suite;  make test-slow  the longer proofs;  make lint  ruff;  make plots  every plot of runs/
+# make test    the test suite;  make test-slow  the longer proofs;  make lint  ruff
+# make plots   every plot of runs/;  make bench  kernels, training step and data preparation against peers
 
 SOURCE ?= docstrings
 MINUTES ?= 2
@@ -30,7 +31,7 @@ PY = .venv/bin/python
 # No GPU: prefer PyTorch's CPU wheels (0.2 GB) to the CUDA ones (several GB) if their index answers.
 CPU_INDEX = https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-slow lint plots clean
+.PHONY: demo test test-slow lint plots bench clean
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, this is " + sys.version)'
@@ -75,6 +76,12 @@ lint: .venv/installed
 plots: .venv/installed
 	$(PY) plots.py pareto runs/* --out plots/pareto.png
 	$(PY) plots.py loss runs/* --out plots/loss.png
+
+bench: .venv/installed
+	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(PY) bench.py kernels; \
+		else echo "no CUDA device here: the kernels are not timed"; fi
+	$(PY) bench.py step
+	$(PY) bench.py data
 
 # only what the demo made
 clean:

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from corpus import SPECIALS, Tokenizer, read_json
 from model import MaskedLM, Pretrained, SequenceClassifier, TokenClassifier, find_folder
+from recipes import run_config
 
 # our class -> the end of transformers' name for it
 HEADS = {
@@ -351,6 +352,7 @@ def run_facts(checkpoint: Path) -> dict:
     run = checkpoint.parent.parent
     if checkpoint.parent.name != "ckpt" or not (run / "config.json").is_file():
         return {}
+    run_config(run)  # refuses a run of another version
     facts = read_json(run / "config.json") | read_json(checkpoint / "progress.json")
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     facts["command"] = next((x["command"] for x in lines if x["type"] == "header"), "")
