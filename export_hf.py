@@ -35,6 +35,7 @@ from torch import Tensor
 from corpus import SPECIALS, Tokenizer, read_json
 from model import MaskedLM, Pretrained, SequenceClassifier, TokenClassifier, find_folder
 from recipes import run_config
+from records import read_jsonl
 
 # our class -> the end of transformers' name for it
 HEADS = {
@@ -354,7 +355,7 @@ def run_facts(checkpoint: Path) -> dict:
         return {}
     run_config(run)  # refuses a run of another version
     facts = read_json(run / "config.json") | read_json(checkpoint / "progress.json")
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    lines, _ = read_jsonl(run / "log.jsonl")
     facts["command"] = next((x["command"] for x in lines if x["type"] == "header"), "")
     evals = [x for x in lines if x["type"] == "eval" and x["step"] <= facts["step"]]
     return facts | {"eval": evals[-1] if evals else None}
@@ -378,7 +379,7 @@ def model_card(model: Pretrained, tokenizer: Tokenizer, source: str, facts: dict
         rows |= {
             "data": f"{folders} (corpus {', '.join(train['corpus'])}), {windows}",
             "trained on": f"{facts['tokens']:,} tokens, {facts['step']:,} steps of {train['batch_tokens']:,}",
-            "started from": f"`{train['start_from']}`" if train["start_from"] else "random weights",
+            "started from": train["cooldown_from"] or train["start_from"] or "random weights",
             "masking": f"{train['masking']}, {train['corruption']}",
             "held-out loss": f"{result['loss']} ({result['accuracy']:.1%} right, 15 % masked)" if result else "none",
             "hardware": f"{gpus}, {hours:.2f} hours of training",

@@ -177,7 +177,7 @@ def keep_mask(like: Tensor, dropout_p: float, generator: torch.Generator | None 
     16 random bits decide, cut from 64: a CPU draws those several times as fast as as many floats."""
     words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
     bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: like.numel()]
-    dropped = round(dropout_p * 2**16)  # of 2^16
+    dropped = min(round(dropout_p * 2**16), 2**16 - 1)  # of 2^16
     return (bits >= dropped - 2**15).view(like.shape), 2**16 / (2**16 - dropped)
 
 

@@ -17,6 +17,7 @@ import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 
@@ -44,8 +45,8 @@ class Config:
     join: bool = False  # neighbouring documents are pieces of one: join them until they are long enough
     split: str = "val"  # or train, for a folder that no model has seen
     out: str = "results"  # folder of the records and the figure
-    device: str = "auto"
-    dtype: str = "auto"  # of the matmuls
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matmuls
 
 
 def long_documents(corpus: Corpus, n_tokens: int, limit: int, join: bool) -> tuple[list[np.ndarray], int]:

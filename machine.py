@@ -12,10 +12,14 @@ import torch
 
 from kernels import TRITON_VERSION
 
-PEAK_BF16_TFLOPS = {  # dense, from the data sheets; part of the GPU's name -> its peak
+PEAK_BF16_TFLOPS = {  # dense, from the data sheets; part of the GPU's name (the first that fits) -> its peak
+    "H200 NVL": 835.5,
     "H200": 989.4,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
     "H100": 989.4,
     "A100": 312.0,
+    "GB200": 2500.0,
     "B200": 2250.0,
     "L40S": 362.0,
     "RTX 4090": 165.2,

@@ -462,8 +462,7 @@ class DecoderLoss(torch.autograd.Function):
     def forward(ctx, h: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         gradient = F.linear(h, weight, bias)  # the logits, for now
         with torch.enable_grad():
-            gradient.requires_grad_(h.requires_grad or weight.requires_grad)
-            loss, right = masked_cross_entropy(gradient, labels)
+            loss, right = masked_cross_entropy(gradient.requires_grad_(), labels)
         ctx.save_for_backward(h, weight, gradient.detach())
         ctx.mark_non_differentiable(right)
         return loss.detach(), right.detach()
@@ -492,6 +491,8 @@ class MlmHead(nn.Module):
     def loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """x (M, d), labels (M,) -> (loss summed over M, number of right guesses), fp32."""
         h, device = self.transform(x), x.device.type
+        if not torch.is_grad_enabled():
+            return masked_cross_entropy(self.decoder(h), labels)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
         return DecoderLoss.apply(h.to(dtype), self.decoder.weight.to(dtype), self.decoder.bias.to(dtype), labels)
 
@@ -560,7 +561,7 @@ class SequenceClassifier(Pretrained):
         """Flat (T,) ids with cu_seqlens, or padded (B, S) ids with attention_mask -> logits (B, n_labels)."""
         flat, _ = _as_flat(input_ids, attention_mask, token_type_ids, documents)
         cu = flat["cu_seqlens"].long()
-        cls = cu[:-1].clamp(max=len(flat["input_ids"]) - 1)  # an empty document has no row of its own
+        cls = torch.where(cu[1:] > cu[:-1], cu[:-1], -1)  # an empty document has no row of its own
         h = self.encoder.flat(**flat, rows=cls)  # (B, d)
         h = h.masked_fill((cu[1:] == cu[:-1]).unsqueeze(-1), 0.0)
         return self.classifier(self.dropout(torch.tanh(self.pooler(h)))).float()

@@ -208,6 +208,8 @@ def train(preset: str, cfg: TrainConfig) -> Path:
             raise ValueError(f"--cooldown_from {cfg.cooldown_from}: trained with another tokenizer than the data's")
     except ValueError as e:
         raise SystemExit(f"error: {e}") from None
+    if device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
+        raise SystemExit(f"error: more processes than the {torch.cuda.device_count()} GPUs of this machine")
     dtype = pick_dtype(cfg.dtype, device)
     stream = (cfg.micro_tokens, cfg.documents, cfg.seed, mixture.shares)
     batches = Batches(corpora, tokenizer, cfg.seq_len, *stream)
@@ -216,7 +218,9 @@ def train(preset: str, cfg: TrainConfig) -> Path:
 
     # -- what was here before: same settings continue, other settings are refused
     checkpoints = find_checkpoints(run)
-    continues = bool(checkpoints) and (run / "config.json").is_file()
+    if checkpoints and not (run / "config.json").is_file():
+        raise SystemExit(f"error: {run} has checkpoints but no config.json; put it back or choose another --name")
+    continues = bool(checkpoints)
     old = json.loads((run / "config.json").read_text())["train"] if continues else {}
     start = None
     if continues and cfg.start_from:
@@ -229,6 +233,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         except ValueError as e:
             raise SystemExit(f"error: {e}") from None
         cfg.model = start.cfg
+        check_config(cfg, world)
     elif not cfg.cooldown_from:  # a branch keeps its stem's, whose table may have been brought by --start_from
         cfg.model.vocab_size = tokenizer.vocab_size
     data = {"corpus": [corpus_digest(f) for f in mixture.folders], "mixture": asdict(mixture) | {"folders": None}}
@@ -290,7 +295,9 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     gpus = world if device.type == "cuda" else 0
     price = cfg.gpu_dollars_per_hour if gpus else 0.0
     family = preset.split("-")[0]
-    if cfg.start_from:
+    if "family" in progress:
+        family = progress["family"]
+    elif cfg.start_from:
         family = "mosaic" if cfg.model.position == "alibi" else "bert"
     hardware = torch.cuda.get_device_name() if gpus else device.type
     backend, reason = (
@@ -311,6 +318,8 @@ def train(preset: str, cfg: TrainConfig) -> Path:
             shutil.rmtree(leftover, ignore_errors=True)
         mode = "a" if checkpoints else "w"  # what a run wrote that died before its first checkpoint is of no use
         log_file = open(run / "log.jsonl", mode, buffering=1)  # noqa: SIM115 (lives as long as the process)
+        if log_file.tell() and (run / "log.jsonl").read_bytes()[-1:] != b"\n":
+            log_file.write("\n")  # a kill has cut the last line
         if cfg.wandb:
             import wandb
 
@@ -441,7 +450,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     clock = Clock(seconds, device)
     clock.start()
     window = torch.zeros(2, dtype=torch.float64, device=sums_device)  # loss summed, right guesses
-    skipped, skipped_in_a_row = 0, 0
+    skipped, skipped_in_a_row = trainer["skipped"] if origin else (0, 0)
     window_masked, window_tokens, window_documents, window_step, window_start = 0, 0, 0, step, clock.now()
     while over < 1.0:
         done = branch.schedule(over) if branch else over
@@ -533,8 +542,9 @@ def train(preset: str, cfg: TrainConfig) -> Path:
                 raise diverged(f"the loss is {mean_loss} {where} ({who})")
             if mean_loss > 2 * math.log(cfg.model.vocab_size):  # knowing nothing costs log(vocabulary)
                 raise diverged(f"the loss has exploded to {mean_loss:.1f} {where} (all ranks)")
+            learnt = f"loss {mean_loss:.3f} acc {accuracy:.3f}" if window_masked else "all steps skipped"
             line = (
-                f"step {step:,} {min(over, 1):4.0%} | loss {mean_loss:.3f} acc {accuracy:.3f} | "
+                f"step {step:,} {min(over, 1):4.0%} | {learnt} | "
                 f"lr {cfg.lr * factor:.1e} mask {rate:.2f} | {tok_per_s:,.0f} tok/s"
                 + (f" MFU {mfu:.1%}" if mfu else "")
                 + f" | {elapsed:,.0f} s"
@@ -560,6 +570,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
             if checkpoint_due and rank == 0:
                 counters = {"step": step, "tokens": tokens, "micro": micro, "train_seconds": clock.seconds}
                 counters |= {"branch": branch and asdict(branch), "changed_at": changed_at}
+                counters |= {"skipped": (skipped, skipped_in_a_row)}
                 trainer = {"optimizers": [o.state_dict() for o in optimizers], **counters}
                 state = {"step": step, "tokens": tokens, **spent(clock.seconds), **identity, "finished": finished}
                 path = save_checkpoint(run, step, model, tokenizer, trainer, state)

@@ -24,7 +24,8 @@ class TrainConfig:
     """One run. Shares are of the whole run, whose length is max_steps, max_tokens or max_minutes."""
 
     # folders made by prepare_c4.py, default data/c4. Several are read as one: --data a --data b; as a mixture with
-    # shares of documents: --data a:0.7 --data b:0.3; with other shares from a place of the run on: --data a:0.7:0.2@0.8
+    # shares of documents (of windows, with --documents all): --data a:0.7 --data b:0.3; with other shares from a
+    # place of the run on: --data a:0.7:0.2@0.8 --data b:0.3:0.8@0.8
     data: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     name: str = ""  # run folder under `out`; default: the preset's name
     out: str = "runs"
@@ -171,8 +172,12 @@ def check_config(cfg: TrainConfig, world_size: int) -> None:
         raise SystemExit("error: --cooldown_from needs a --cooldown above 0: the share of the run that anneals")
     if cfg.cooldown_from and cfg.start_from:
         raise SystemExit("error: --cooldown_from goes on with a run, --start_from begins one; give one of them")
-    if cfg.pppl_tokens < 0:
-        raise SystemExit(f"error: --pppl_tokens {cfg.pppl_tokens}: must not be below 0")
+    not_negative = ("seed", "lr", "muon_lr", "eps", "weight_decay", "grad_clip", "pppl_tokens", "gpu_dollars_per_hour")
+    for name in not_negative:
+        if getattr(cfg, name) < 0:
+            raise SystemExit(f"error: --{name} {getattr(cfg, name)}: must not be below 0")
+    if not all(0 <= beta < 1 for beta in cfg.betas):
+        raise SystemExit(f"error: --betas {' '.join(map(str, cfg.betas))}: both must be in [0, 1)")
     if cfg.wandb and importlib.util.find_spec("wandb") is None:
         raise SystemExit("error: --wandb needs its package; pip install wandb")
     masking_rate(cfg.masking, 0.0)

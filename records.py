@@ -47,7 +47,10 @@ def read_jsonl(path: Path, stride: float = 1) -> tuple[list[dict], int]:
                 continue
             try:
                 record = json.loads(line)
-                whole = all(isinstance(record[k], int | float) for k in NEEDED.get(record["type"], ()))
+                needed = {k: record[k] for k in NEEDED.get(record["type"], ())}
+                if record["type"] == "train" and needed["loss"] is None:
+                    needed["loss"] = math.nan  # every step of the window was skipped
+                whole = all(isinstance(value, int | float) for value in needed.values())
             except (ValueError, KeyError, TypeError, RecursionError):
                 whole = False
             if whole:

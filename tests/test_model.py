@@ -663,3 +663,28 @@ def test_damaged_weights_are_one_line_naming_the_file(tmp_path):
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged") as e:
         MaskedLM.from_pretrained(tmp_path)
     assert "\n" not in str(e.value)
+
+
+def test_only_the_decoder_bias_may_be_trained():
+    """The gradient is that of the plain head, though nothing below it wants one."""
+    torch.manual_seed(0)
+    model = MaskedLM(EncoderConfig(vocab_size=128, n_layers=1, n_heads=2, d_model=32, d_ff=64)).train()
+    bias = model.head.decoder.bias
+    model.requires_grad_(False)
+    bias.requires_grad_(True)
+    x, labels = torch.randn(20, 32), torch.randint(128, (20,))
+    (got,) = torch.autograd.grad(model.head.loss(x, labels)[0], bias)
+    (wanted,) = torch.autograd.grad(F.cross_entropy(model.head(x), labels, reduction="sum"), bias)
+    torch.testing.assert_close(got, wanted)
+
+
+def test_an_empty_document_has_no_part_in_its_neighbours_gradient():
+    torch.manual_seed(0)
+    model = SequenceClassifier(EncoderConfig(vocab_size=128, n_layers=2, n_heads=2, d_model=32, d_ff=64), 2).eval()
+    ids, grads = torch.randint(5, 128, (5,)), []
+    for cu in ([0, 4, 5], [0, 4, 5, 5], [0, 0, 4, 5]):
+        logits = model(ids, cu_seqlens=torch.tensor(cu, dtype=torch.int32), max_seqlen=4)
+        real = torch.tensor(cu).diff() > 0
+        grads.append(torch.autograd.grad(logits[real].square().sum(), model.encoder.embeddings.word.weight)[0])
+    torch.testing.assert_close(grads[1], grads[0])
+    torch.testing.assert_close(grads[2], grads[0])

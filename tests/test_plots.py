@@ -156,6 +156,7 @@ def test_damaged_lines_are_skipped_and_counted(tmp_path, capsys):
         b"17\n",
         b"\n",  # an empty line is not damage
         {"type": "train", "step": 25, "tokens": 1},  # no loss
+        train_line(40, loss=None),  # every step skipped: whole
         {"type": "train", "step": "x", "tokens": 1, "loss": 2.0},
         {"type": "something else"},  # not for us, not damaged
         b"[" * 100_000 + b"\n",
@@ -163,7 +164,7 @@ def test_damaged_lines_are_skipped_and_counted(tmp_path, capsys):
         half,  # being written right now
     ]
     run = plots.load((make_run(tmp_path / "r", lines, [glue_line(10, 0.5), b'{"type": "glue", "ta\n']),))[0]
-    assert run.train["step"].tolist() == [10, 30]
+    assert run.train["step"].tolist() == [10, 30, 40] and math.isnan(run.train["loss"][2])
     assert math.isnan(run.train["mfu"][1]) and math.isnan(run.train["dollars"][1])
     assert len(run.glue) == 1
     assert "skipped 9 damaged" in capsys.readouterr().err  # 8 in the log, 1 in glue
