@@ -1,6 +1,7 @@
 """What this machine has and what it is running: device, fast dtype, peak speed, git revision; a benchmark's report."""
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -35,6 +36,8 @@ def pick_device(kind: str, local_rank: int = 0) -> torch.device:
         raise ValueError("--device cuda: torch sees no CUDA device")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device mps: torch sees no MPS device")
+    if kind == "cpu":  # no two batches have the same shapes, and a compiled matmul for each of 1,024 shapes fills 3 GB
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     if kind == "cuda":
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
         return torch.device("cuda", torch.cuda.current_device())

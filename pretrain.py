@@ -27,6 +27,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
@@ -286,7 +287,8 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     if world > 1:
         # the only buffers are ALiBi's slopes, the same everywhere: broadcasting them would cost a collective a step
         ids = [device.index] if device.type == "cuda" else None
-        forward = DistributedDataParallel(forward, device_ids=ids, broadcast_buffers=False)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.13 renames the argument
+            forward = DistributedDataParallel(forward, device_ids=ids, broadcast_buffers=False)
         if cfg.grad_reduce == "bfloat16":
             # inside a lambda: by its name torch refuses this hook on gloo, which does add up bfloat16
             forward.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
@@ -337,6 +339,8 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         print(f"attention: {backend} ({reason}); {world} × {hardware}, {str(dtype).removeprefix('torch.')}")
         n_documents, n_tokens = sum(map(len, corpora)), sum(c.n_tokens for c in corpora)
         print(f"data: {n_documents:,} documents, {n_tokens:,} tokens, {batches.n_windows:,} windows an epoch")
+        if device.type == "cpu" and cfg.micro_tokens > 8_192:
+            print(f"on a CPU --micro_tokens {cfg.micro_tokens} takes many GB and minutes a step; 4096 is plenty")
         if checkpoints:
             print(f"continuing at step {step:,} from {origin}")
         elif branch:

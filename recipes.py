@@ -148,9 +148,11 @@ def check_config(cfg: TrainConfig, world_size: int) -> None:
     if cfg.micro_tokens < cfg.seq_len:
         raise SystemExit(f"error: --micro_tokens {cfg.micro_tokens} is below --seq_len {cfg.seq_len}")
     if cfg.batch_tokens < 1 or cfg.batch_tokens % (cfg.micro_tokens * world_size):
+        fits = next((m for m in range(cfg.micro_tokens, 0, -1) if cfg.batch_tokens % (m * world_size) == 0), 0)
+        hint = f"; --micro_tokens {fits} fits" if fits >= cfg.seq_len else ""
         raise SystemExit(
             f"error: --batch_tokens {cfg.batch_tokens} is not a multiple of --micro_tokens {cfg.micro_tokens} "
-            f"× {world_size} processes"
+            f"× {world_size} processes{hint}"
         )
     if (cfg.ramp_tokens > 0) != (cfg.ramp_from > 0):
         raise SystemExit("error: a batch ramp needs both --ramp_from and --ramp_tokens")
