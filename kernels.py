@@ -923,7 +923,8 @@ def _geglu(h: Tensor, use_triton: bool) -> Tensor:
     if use_triton:
         return _geglu_launch(_geglu_fwd, h.contiguous(), h.new_empty(rows, width), rows=rows, width=width)
     out = h.new_empty(rows, width)
-    for x, y in zip(h.split(256), out.split(256)):  # the fp32 copies stay in the cache
+    block = max(256, 2**18 // width)
+    for x, y in zip(h.split(block), out.split(block)):  # the fp32 copies stay in the cache
         gate, up = _wide(x).chunk(2, 1)
         y.copy_(F.gelu(gate).mul_(up))
     return out
@@ -936,7 +937,8 @@ def _geglu_backward(dout: Tensor, h: Tensor, use_triton: bool) -> Tensor:
         dh = h.new_empty(rows, 2 * width)
         return _geglu_launch(_geglu_bwd, dout.contiguous(), h.contiguous(), dh, rows=rows, width=width)
     dh = h.new_empty(rows, 2 * width)
-    for x, y, dx in zip(h.split(256), dout.split(256), dh.split(256)):
+    block = max(256, 2**18 // width)
+    for x, y, dx in zip(h.split(block), dout.split(block), dh.split(block)):
         (gate, up), dy = _wide(x).chunk(2, 1), _wide(y)
         dx[:, :width] = torch.ops.aten.gelu_backward(dy * up, gate)
         dx[:, width:] = F.gelu(gate).mul_(dy)
@@ -1157,10 +1159,11 @@ def _cross_entropy_rows(
 
 def _cross_entropy_reference(logits, labels, z_loss, ignore_index, write):
     losses, correct = [], []
-    # blocks of rows in one fp32 buffer, 8 MB for BERT's vocabulary: it stays in the cache, and fresh pages would cost
+    # blocks of rows in one fp32 buffer of 8 MB: it stays in the cache, and fresh pages would cost
     # a CPU more than the arithmetic
-    block = _wide(logits.new_empty(0)).new_empty(64, logits.shape[1])
-    for x, y in zip(logits.split(64), labels.split(64)):
+    rows = max(64, 2**21 // logits.shape[1])
+    block = _wide(logits.new_empty(0)).new_empty(rows, logits.shape[1])
+    for x, y in zip(logits.split(rows), labels.split(rows)):
         kept = (y != ignore_index)[:, None]
         target = torch.where(kept, y[:, None], 0)
         own = x.gather(1, target)
