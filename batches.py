@@ -56,6 +56,8 @@ class Draw:
     first: int  # that place
     before: np.ndarray  # (K,) int64: windows drawn from each corpus before it
     block: np.ndarray  # (BLOCK,) int64: corpus of each window of a block; the same for every block
+    rank: np.ndarray  # (BLOCK,) int64: windows of that corpus before this one in the block
+    each: np.ndarray  # (K,) int64: windows of a block from each corpus
 
 
 class Batches:
@@ -99,15 +101,18 @@ class Batches:
                 raise SystemExit(f"error: {corpus.folder}: the {corpus.split} split has no documents")
         self.n_windows = int(edges[-1])
         self.edges = edges if shares else edges[[0, -1]]  # windows between two of them are drawn from as one
-        self.draws = [Draw(0, np.zeros(len(self.edges) - 1, dtype=np.int64), self._block(shares or [1.0]))]
+        self.draws = [self._draw_from(0, np.zeros(len(self.edges) - 1, dtype=np.int64), shares or [1.0])]
         self.starts = [0]  # place in the stream where each micro-batch begins
         self.n_special: list[int] = []  # [CLS] and [SEP] in each
         self.planning = threading.Lock()  # the loop asks for counts while a thread builds the next batch
 
-    def _block(self, shares: list[float]) -> np.ndarray:
-        """(BLOCK,) int64: which corpus each window of a block comes from, in these proportions, mixed."""
+    def _draw_from(self, first: int, before: np.ndarray, shares: list[float]) -> Draw:
+        """Blocks whose windows come from the corpora in these proportions, mixed."""
         ends = np.round(np.cumsum(shares) / sum(shares) * self.BLOCK)
-        return np.searchsorted(ends, shuffled(np.arange(self.BLOCK), self.BLOCK, seed=0), side="right")
+        block = np.searchsorted(ends, shuffled(np.arange(self.BLOCK), self.BLOCK, seed=0), side="right")
+        one_hot = block[:, None] == np.arange(len(before))  # (BLOCK, K)
+        rank = (one_hot.cumsum(0) - one_hot)[np.arange(self.BLOCK), block]
+        return Draw(first, before, block, rank, one_hot.sum(0))
 
     def _draw(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Places in the stream -> which corpus, and the how-manieth window drawn from it."""
@@ -117,8 +122,7 @@ class Batches:
             mine = since == i
             block, at = np.divmod(places[mine] - draw.first, self.BLOCK)
             source[mine] = k = draw.block[at]
-            one_hot = draw.block[:, None] == np.arange(len(draw.before))  # (BLOCK, K)
-            nth[mine] = draw.before[k] + block * one_hot.sum(0)[k] + (one_hot.cumsum(0) - one_hot)[at, k]
+            nth[mine] = draw.before[k] + block * draw.each[k] + draw.rank[at]
         return source, nth
 
     def change_shares(self, m: int, shares: list[float]) -> None:
@@ -127,8 +131,8 @@ class Batches:
         with self.planning:
             first, old = self.starts[m], self.draws[-1]
             blocks, rest = divmod(first - old.first, self.BLOCK)
-            whole, part = (np.bincount(old.block[:n], minlength=len(old.before)) for n in (self.BLOCK, rest))
-            self.draws.append(Draw(first, old.before + blocks * whole + part, self._block(shares)))
+            drawn = old.before + blocks * old.each + np.bincount(old.block[:rest], minlength=len(old.each))
+            self.draws.append(self._draw_from(first, drawn, shares))
             del self.starts[m + 1 :], self.n_special[m:]
 
     def _windows(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

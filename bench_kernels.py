@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from machine import write_report
+from machine import failure, write_report
 
 # Tokens per document at each 5 % of C4's length distribution, without [CLS] and [SEP]: the first 3,000 documents of its
 # train split under a vocabulary of 30,528, mean 472. The tail: 2 % of the documents hold a fifth of the tokens.
@@ -86,7 +86,7 @@ def attempt(f) -> dict:
         return f()
     except Exception as error:  # whatever a peer raises is the finding
         torch.cuda.empty_cache()
-        return {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
+        return {"failed": failure(error)}
 
 
 # ----------------------------------------------------------------------------- attention

@@ -30,7 +30,7 @@ from batches import Batch, Batches, count_masked, mask_tokens
 from bench_kernels import C4_QUANTILES
 from corpus import SPECIALS, Corpus, Tokenizer
 from kernels import attention_backend
-from machine import PEAK_BF16_TFLOPS, device_name, pick_device, pick_dtype, write_report
+from machine import device_name, failure, peak_tflops, pick_device, pick_dtype, write_report
 from model import MaskedLM, flops_per_token
 from pretrain import build, make_optimizers, model_inputs
 from recipes import make_presets, masking_rate
@@ -270,12 +270,8 @@ def take_turn(c: Contender, steps: int, device: torch.device, dtype: torch.dtype
 
 def mfu(tok_per_s: float, flops: float, device: str) -> float | None:
     """Share of the GPU's peak that the useful FLOPs reach; None where the peak is not known."""
-    peak = next((tflops for gpu, tflops in PEAK_BF16_TFLOPS.items() if gpu in device), None)
+    peak = peak_tflops(device)
     return tok_per_s * flops / (peak * 1e12) if peak else None
-
-
-def reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def compare(cfg: Config, size: str, seq_len: int, source, device: torch.device, dtype: torch.dtype) -> dict:
@@ -299,7 +295,7 @@ def compare(cfg: Config, size: str, seq_len: int, source, device: torch.device, 
             c.peak, c.resident = 0, torch.cuda.memory_allocated() - before if device.type == "cuda" else 0
             running.append(c)
         except Exception as error:  # whatever a contender raises is the finding
-            rows.append({"name": label, "failed": reason(error)})
+            rows.append({"name": label, "failed": failure(error)})
     failed = {}
     for _ in range(cfg.rounds):
         for c in running:
@@ -307,7 +303,7 @@ def compare(cfg: Config, size: str, seq_len: int, source, device: torch.device, 
                 try:
                     c.turns.append(take_turn(c, cfg.steps, device, dtype, pool))
                 except Exception as error:
-                    failed[c.name] = reason(error)
+                    failed[c.name] = failure(error)
     pool.shutdown()
     done = [c for c in running if c.name not in failed]
     rows += [{"name": name, "failed": why} for name, why in failed.items()]

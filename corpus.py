@@ -33,6 +33,11 @@ N_FIXED = len(SPECIALS) + 256  # ids every vocabulary of ours has
 # million spaces, and changes the number of tokens by less than 0.1 % (C4, Wikipedia, IMDB).
 PATTERN = r"['’](?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])| ?[\p{L}\p{M}]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+|\s{1,32}"
 
+# Byte-level BPE in `tokenizers` writes a byte as one printable character: itself where it is one, else 256, 257, …
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTE_CHARS = {b: chr(b) for b in PRINTABLE}
+BYTE_CHARS |= {b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(PRINTABLE)))}
+
 
 class BadInput(ValueError):
     """Something the user can mend, in one line: what, where, what to do."""
@@ -126,10 +131,7 @@ class Tokenizer:
             show_progress=False,
         )
         learner.train_from_iterator((valid_unicode(t.lower() if lowercase else t) for t in texts), trainer)
-        # The trainer writes each byte as one printable character: itself where it is printable, else 256, 257, …
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        hidden = sorted(set(range(256)) - set(printable))
-        byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(hidden)}
+        byte_of = {char: byte for byte, char in BYTE_CHARS.items()}
         learned = sorted(learner.get_vocab().items(), key=lambda item: item[1])
         tokens = [bytes([b]) for b in range(256)]
         tokens += [bytes(byte_of[c] for c in token) for token, _ in learned if len(token) > 1]

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from tokenizers import decoders, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from corpus import SPECIALS, Tokenizer, read_json
+from corpus import BYTE_CHARS, SPECIALS, Tokenizer, read_json
 from model import MaskedLM, Pretrained, SequenceClassifier, TokenClassifier, find_folder
 from recipes import run_config
 from records import read_jsonl
@@ -158,11 +158,7 @@ def fast_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     else:
         lines = (line.split() for line in tokenizer.vocabulary.splitlines())
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-        # byte-level BPE writes each byte as one printable character: itself where it is one, else 256, 257, …
-        printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-        hidden = (b for b in range(256) if b not in printable)
-        char = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(hidden)}
-        name = {token: "".join(char[b] for b in token) for token in ranks}
+        name = {token: "".join(BYTE_CHARS[b] for b in token) for token in ranks}
         merges = []
         for token in sorted(ranks, key=ranks.get):
             halves = ((token[:i], token[i:]) for i in range(1, len(token)))

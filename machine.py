@@ -28,6 +28,11 @@ PEAK_BF16_TFLOPS = {  # dense, from the data sheets; part of the GPU's name (the
 }
 
 
+def peak_tflops(gpu: str) -> float | None:
+    """Dense bf16 TFLOP/s of the GPU of this name; None where it is not in the table."""
+    return next((peak for part, peak in PEAK_BF16_TFLOPS.items() if part in gpu), None)
+
+
 def pick_device(kind: str, local_rank: int = 0) -> torch.device:
     """The device called `kind`; "auto": the best there is. Ranks take the GPUs in turn. ValueError if it is missing."""
     if kind == "auto":
@@ -69,6 +74,11 @@ def device_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def failure(error: Exception) -> str:
+    """What a failed contender is listed with: the kind of the error and its first line, cut at 200 characters."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def write_report(mode: str, body: dict, out: str = "") -> Path:

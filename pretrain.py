@@ -45,7 +45,7 @@ from tqdm import tqdm
 from batches import Batch, Batches, count_masked, mask_tokens, one_mask_each
 from corpus import Corpus, Tokenizer, write_atomically
 from kernels import attention_backend, attention_tiles
-from machine import PEAK_BF16_TFLOPS, git_revision, pick_device, pick_dtype
+from machine import git_revision, peak_tflops, pick_device, pick_dtype
 from model import MaskedLM, find_checkpoints, find_folder, flops_per_token
 from recipes import (
     FREE_TO_CHANGE,
@@ -73,9 +73,9 @@ def corpus_digest(folder: str) -> str:
     return hashlib.sha256((Path(folder) / "meta.json").read_bytes()).hexdigest()[:16]
 
 
-def open_corpora(folders: list[str], split: str) -> tuple[list[Corpus], Tokenizer]:
-    """One split of each folder, and the tokenizer they share. ValueError (one line) if they do not."""
-    corpora = [Corpus(folder, split) for folder in folders]
+def open_corpora(folders: list[str]) -> tuple[list[Corpus], list[Corpus], Tokenizer]:
+    """Both splits of each folder, and the tokenizer they share. ValueError (one line) if they do not."""
+    corpora = [Corpus(folder, "train") for folder in folders]
     tokenizers = [Tokenizer.load(c.tokenizer_dir) for c in corpora]
     for corpus, tokenizer in zip(corpora, tokenizers):
         if tokenizer.vocabulary != tokenizers[0].vocabulary or tokenizer.meta != tokenizers[0].meta:
@@ -83,7 +83,7 @@ def open_corpora(folders: list[str], split: str) -> tuple[list[Corpus], Tokenize
                 f"{corpus.folder} and {corpora[0].folder} have different tokenizers; "
                 f"prepare one with --tokenizer {corpora[0].folder}"
             )
-    return corpora, tokenizers[0]
+    return corpora, [Corpus(folder, "val") for folder in folders], tokenizers[0]
 
 
 def load_start(start_from: str, tokenizer: Tokenizer, data: str) -> MaskedLM:
@@ -203,8 +203,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
 
     try:
         device = pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
-        corpora, tokenizer = open_corpora(mixture.folders, "train")
-        val_corpora, _ = open_corpora(mixture.folders, "val")
+        corpora, val_corpora, tokenizer = open_corpora(mixture.folders)
         if cfg.cooldown_from and Tokenizer.load(cfg.cooldown_from).vocabulary != tokenizer.vocabulary:
             raise ValueError(f"--cooldown_from {cfg.cooldown_from}: trained with another tokenizer than the data's")
     except ValueError as e:
@@ -310,7 +309,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     )
     n_params = model.n_params()
     flops = flops_per_token(cfg.model, batches.effective_length(), masking_rate(cfg.masking, 0.5))
-    peak = next((t for gpu, t in PEAK_BF16_TFLOPS.items() if gpus and gpu in hardware), None)
+    peak = peak_tflops(hardware) if gpus else None
     log_file = board = None
     if rank == 0:
         run.mkdir(parents=True, exist_ok=True)

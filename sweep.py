@@ -37,7 +37,7 @@ from typing import IO, Annotated, Literal
 import tyro
 
 import finetune_glue
-from corpus import write_atomically
+from corpus import to_json, write_atomically
 from leaderboard import leaderboard, short
 from recipes import TrainConfig, check_config, make_presets
 from records import read_jsonl
@@ -252,10 +252,6 @@ def read_json(path: Path) -> dict:
         return {}
 
 
-def write_json(path: Path, value: dict) -> None:
-    write_atomically(path, json.dumps(value).encode() + b"\n")
-
-
 def read_log(path: Path) -> list[dict]:
     """The records of a .jsonl file without its damaged lines; none if it is missing."""
     return read_jsonl(path)[0] if path.is_file() else []
@@ -325,7 +321,7 @@ def measure_speeds(cfg: Config, arms: list[Arm], state: Path, launch: str) -> di
             if "error" not in about[arm.name]:
                 ratios = [a / b for a, b in zip(turns[arm.name], turns[arms[0].name])]
                 known[arm.name] |= {"tok_per_s": turns[arm.name], "ratio": median(ratios) if ratios else None}
-        write_json(path, known)
+        write_atomically(path, to_json(known))
     return {arm.name: known[arm.name] for arm in arms}
 
 
@@ -355,7 +351,7 @@ def work(jobs: list[Job], state: Path, launch: str) -> dict[str, str]:
                             error = "stopped before its end"
                         seconds = round(time.time() - started, 1)
                         mark = {"error": error, "launch": launch} if error else {"seconds": seconds}
-                        write_json(state / f"{job.name}.json", mark | {"command": job.command})
+                        write_atomically(state / f"{job.name}.json", to_json(mark | {"command": job.command}))
                         n = len(jobs) - len(waiting) + 1
                         print(f"{n}/{len(jobs)} {job.name}: {error or f'{seconds:,.0f} s'}", flush=True)
                     settled(job)
@@ -437,7 +433,7 @@ def sweep(cfg: Config) -> int:
         if differ := "; ".join(f"--{k} {v} -> {now[k]}" for k, v in old.items() if now[k] != v):
             raise SystemExit(f"error: {state.parent} holds a sweep with {differ}; give this one another --name")
         if not cfg.dry_run:
-            write_json(state / "sweep.json", now)
+            write_atomically(state / "sweep.json", to_json(now))
     speeds = measure_speeds(cfg, arms, state, launch)
     failed = {f"timing {name}": s["error"] for name, s in speeds.items() if "error" in s}
     if f"timing {arms[0].name}" in failed and cfg.equal == "time":
