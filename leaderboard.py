@@ -87,8 +87,9 @@ def leaderboard(records: list[dict], failed: dict[str, str], title: str, command
             ]
             text += [*table(["%", *tasks], by_task)[1:], ""]
 
-    variants = {r["arm"]: r["variant"] and r["preset"] for r in rows}
-    pairs = [*combinations([a for a in variants if not variants[a]], 2), *[(a, b) for a, b in variants.items() if b]]
+    arms = {r["arm"]: r for r in rows}
+    pairs = [(a, b) for a, b in combinations(arms, 2) if arms[a]["variant"] == arms[b]["variant"]]  # presets
+    pairs += [(a, r["preset"]) for a, r in arms.items() if r["variant"]]  # variants against the preset as it is
     tests = []
     for (a, b), budget, (label, v, lower, digits) in product(pairs, budgets, metrics):
         x, y = v[budget, a], v[budget, b]

@@ -67,7 +67,9 @@ class Config:
     vary: tuple[str, ...] = ()  # variants of every preset: NAME:flag=value,flag=value of pretrain.py
     no_stem: bool = False  # a run of its own for each budget, with the preset's own schedule
     flags: str = ""  # of every pretrain.py, in quotes
-    finetune: str = ""  # flags of every finetune_glue.py, in quotes; empty: held-out loss only
+    # flags of a finetune_glue.py for every run, in quotes; none: held-out loss only. Several are run one after the
+    # other: --finetune="--task SST-2 --epochs 1" --finetune="--task CoLA,RTE --epochs 3"
+    finetune: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     timing_steps: int = 30  # steps of the measurement of speed, for each preset and variant
     out: str = "runs"
     results: str = "results"
@@ -215,9 +217,10 @@ def make_jobs(cfg: Config, arms: list[Arm], speeds: dict[str, dict]) -> list[Job
                 job = Job(name, command, run, arm, seed, budget, sizes[budget])
                 stem = job if arm.stem else None
             jobs.append(job)
-            if cfg.finetune:
-                command = [sys.executable, str(HERE / "finetune_glue.py"), str(run), *shlex.split(cfg.finetune)]
-                jobs.append(Job(f"{name}-finetune", command, run, arm, seed, budget, after=name))
+            for i, flags in enumerate(cfg.finetune, 1):
+                command = [sys.executable, str(HERE / "finetune_glue.py"), str(run), *shlex.split(flags)]
+                tuning = f"{name}-finetune" + (f"-{i}" if i > 1 else "")
+                jobs.append(Job(tuning, command, run, arm, seed, budget, after=jobs[-1].name if i > 1 else name))
     return jobs
 
 
@@ -364,6 +367,19 @@ def work(jobs: list[Job], state: Path, launch: str) -> dict[str, str]:
 # ----------------------------------------------------------------------------- results
 
 
+def tasks_of(finetune: tuple[str, ...]) -> list[str]:
+    """GLUE tasks that the calls of finetune_glue.py name; none where one of them takes all, or an own task. Exits with
+    its usage where one is misspelt."""
+    tasks = []
+    for flags in finetune:
+        args = dict(args=["run", *shlex.split(flags)], use_underscores=True)
+        tune = tyro.cli(finetune_glue.Config, **args, config=(tyro.conf.FlagCreatePairsOff,))
+        if tune.eval or not tune.task:
+            return []
+        tasks += tune.task.split(",")
+    return tasks
+
+
 def collect(cfg: Config, jobs: list[Job], tasks: list[str]) -> list[dict]:
     """A row for each finished run and metric. value: loss in nats per masked token of held-out text; accuracy and
     tasks (all that there are if none is given) as shares of 1, the mean of `values`, one for each fine-tuning seed."""
@@ -380,11 +396,11 @@ def collect(cfg: Config, jobs: list[Job], tasks: list[str]) -> list[dict]:
         row |= {k: header.get(k) for k in ("family", "device", "world_size", "n_params", "revision", "command")}
         row["flops"] = header["flops_per_token"] * done["tokens"]
         rows += [row | {"metric": m, "value": held_out[-1][m]} for m in ("loss", "accuracy")]
-        tuned_by = shlex.join(["finetune_glue.py", str(job.run), *shlex.split(cfg.finetune)])
+        tuned_by = {shlex.join(["finetune_glue.py", str(job.run), *shlex.split(flags)]) for flags in cfg.finetune}
         for path in sorted(job.run.glob("glue/*.jsonl")) if cfg.finetune else ():
             # a seed that ran with several settings counts once: as asked for now, else as it ran last
             found = [r for r in read_jsonl(path)[0] if r["step"] == done["step"] and (not tasks or r["task"] in tasks)]
-            found.sort(key=lambda r: r.get("command") == tuned_by)
+            found.sort(key=lambda r: r.get("command") in tuned_by)
             if last := {r["seed"]: r for r in found}:
                 scores, one = [r["score"] for r in last.values()], next(iter(last.values()))
                 more = {"majority": one.get("majority"), "measures": list(one.get("metrics", {}))}
@@ -424,9 +440,7 @@ def sweep(cfg: Config) -> int:
     arms, state = make_arms(cfg), Path(cfg.out, cfg.name, ".jobs")
     if cfg.equal == "tokens":
         tokens_of_budgets(cfg, arms, {})  # refuses budgets that cannot be, before the speeds are measured
-    flags = dict(args=["run", *shlex.split(cfg.finetune)], use_underscores=True)
-    tune = tyro.cli(finetune_glue.Config, **flags, config=(tyro.conf.FlagCreatePairsOff,))  # refuses what is misspelt
-    tasks = tune.task.split(",") if tune.task and not tune.eval else []
+    tasks = tasks_of(cfg.finetune)
     state.mkdir(parents=True, exist_ok=True)
     with claim(state / "sweep.lock", wait=True):
         old, now = read_json(state / "sweep.json"), json.loads(json.dumps({k: getattr(cfg, k) for k in FIXED}))

@@ -244,6 +244,15 @@ def test_fine_tuning_can_change_without_pretraining_again(stand_ins):
     assert "--tusk" in said and "job" not in said
 
 
+def test_tasks_can_be_fine_tuned_by_several_calls_one_after_the_other(stand_ins):
+    args = ["mosaic-tiny", "--budgets", 10_000, "--seeds", 1, "--finetune=--task RTE"]
+    run(stand_ins, *args)
+    run(stand_ins, *args, "--finetune=--task CoLA --lr 0.1")
+    assert [c.split()[0] for c in calls(stand_ins)] == ["mosaic-tiny-s1-10K", "finetune", "finetune"]
+    values = {r["metric"]: r["values"] for r in rows(stand_ins) if "values" in r}
+    assert values == {"RTE": [0.62, 0.64], "CoLA": pytest.approx([0.72, 0.74])}
+
+
 def test_a_killed_sweep_continues_and_its_orphaned_script_is_waited_for(stand_ins):
     (stand_ins / "wait").touch()
     args = ["mosaic-tiny", "--seeds", 1, "--budgets", 10_000, 20_000]
@@ -390,6 +399,18 @@ def test_only_seeds_that_both_have_are_compared_and_tasks_are_averaged_over_comp
     assert "| 1 | base | 65.00 ± 5.00 | 6.6667 ± 1.2019 | 3 |" in text and "mean of 2 tasks (%)" in text
     assert "| base | other | 1M | mean of 2 tasks (%) | 0.00 ± 0.00 | 2 | – | the same difference" in text
     assert "| base | 73.3 ± 8.8 | 65.0 ± 5.0 |" in text  # RTE of three seeds, CoLA of two
+
+
+def test_presets_are_compared_with_the_same_variant_and_variants_with_their_preset():
+    arms = [(preset, variant) for preset in ("a", "b") for variant in ("", "x")]
+    records = [
+        row(f"{preset}+{variant}".rstrip("+"), s, i + s / 10, variant=variant) | {"preset": preset}
+        for i, (preset, variant) in enumerate(arms)
+        for s in (1, 2)
+    ]
+    tests = leaderboard(records, {}, "t", "c").partition("## Does A beat B?")[2]
+    compared = [line.split(" | ")[:2] for line in tests.splitlines() if "held-out" in line]
+    assert compared == [["| a", "b"], ["| a+x", "b+x"], ["| a+x", "a"], ["| b+x", "b"]]
 
 
 def test_one_seed_is_no_evidence():
