@@ -10,7 +10,7 @@
 import importlib
 import sys
 
-import tyro
+from flags import read_command_line
 
 MODES = ("kernels", "step", "data")  # bench_<mode>.py holds `Config`, and `run(cfg)` that measures, prints and writes
 
@@ -25,7 +25,7 @@ def main() -> None:
         raise SystemExit(f"error: bench.py {mode}: the modes are {', '.join(MODES)}")
     module = importlib.import_module(f"bench_{mode}")  # the others' imports take seconds, or are not installed
     prog = f"bench.py {mode}"
-    module.run(tyro.cli(module.Config, args=sys.argv[2:], prog=prog, description=module.__doc__, use_underscores=True))
+    module.run(read_command_line(module.Config, sys.argv[2:], prog, module.__doc__))
 
 
 if __name__ == "__main__":

@@ -27,12 +27,12 @@ from pathlib import Path
 
 import tokenizers
 import torch
-import tyro
 from safetensors.torch import save_file
 from tokenizers import decoders, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
 from corpus import BYTE_CHARS, SPECIALS, Tokenizer, read_json
+from flags import read_command_line
 from model import MaskedLM, Pretrained, SequenceClassifier, TokenClassifier, find_folder
 from recipes import run_config
 from records import read_jsonl
@@ -51,7 +51,7 @@ PIPELINES = {MaskedLM: "fill-mask", SequenceClassifier: "text-classification", T
 class Config:
     """Hand a checkpoint to the Hugging Face world."""
 
-    run: tyro.conf.Positional[str]  # run folder (its latest checkpoint), checkpoint, MosaicBERT or BERT folder or name
+    run: str  # run folder (its latest checkpoint), checkpoint, MosaicBERT or BERT folder or name
     out: str  # folder to write; must not exist
     bert: bool = False  # as transformers' own BERT, without code; only for BERT's shape
     onnx: bool = False  # also write onnx/model.onnx
@@ -473,7 +473,7 @@ def export(cfg: Config) -> Path:
 
 def main(args: list[str] | None = None) -> None:
     """Command line; `args` replaces sys.argv[1:] in tests."""
-    cfg = tyro.cli(Config, args=args, use_underscores=True)
+    cfg = read_command_line(Config, args)
     try:
         out = export(cfg)
     except (ValueError, OSError) as e:

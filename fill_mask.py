@@ -17,6 +17,7 @@ import torch
 import tyro
 
 from corpus import Tokenizer
+from flags import read_command_line
 from model import MaskedLM, find_folder
 
 
@@ -24,7 +25,7 @@ from model import MaskedLM, find_folder
 class Config:
     """Ask a pretrained encoder for missing words."""
 
-    run: tyro.conf.Positional[str]  # run folder (its latest checkpoint), checkpoint, MosaicBERT or BERT folder or name
+    run: str  # run folder (its latest checkpoint), checkpoint, MosaicBERT or BERT folder or name
     sentences: tyro.conf.Positional[tuple[str, ...]] = ()  # with one [MASK] or more; none: asked for
     top_k: int = 5  # answers for each mask
     tokenizer: str = ""  # tokenizer.json, or a folder with one; default: the model's own
@@ -62,7 +63,7 @@ def print_answers(model: MaskedLM, tokenizer: Tokenizer, sentence: str, top_k: i
 
 def main(args: list[str] | None = None) -> None:
     """Command line; `args` replaces sys.argv[1:] in tests."""
-    cfg = tyro.cli(Config, args=args, use_underscores=True)
+    cfg = read_command_line(Config, args)
     try:
         if cfg.top_k < 1:
             raise ValueError(f"--top_k {cfg.top_k}: give at least 1")

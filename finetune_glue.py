@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 import glue_tasks as glue
 from corpus import Tokenizer
+from flags import read_command_line
 from glue_tasks import Data, Recipe, Split, Task
 from kernels import attention_backend
 from machine import git_revision, pick_device, pick_dtype
@@ -583,7 +584,7 @@ def finetune(cfg: Config) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Command line; `args` replaces sys.argv[1:] in tests."""
-    cfg = tyro.cli(Config, args=args, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
+    cfg = read_command_line(Config, args)
     try:
         finetune(cfg)
     except (ValueError, OSError) as e:

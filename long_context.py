@@ -25,11 +25,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
 from batches import Batch, mask_tokens
 from corpus import Corpus, Tokenizer, to_json, write_atomically
+from flags import read_command_line
 from machine import git_revision, pick_device, pick_dtype
 from model import MaskedLM, find_folder
 
@@ -38,7 +38,7 @@ from model import MaskedLM, find_folder
 class Config:
     """MLM loss of the same hidden tokens in windows of several lengths."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]]  # run folders (their latest checkpoints), or checkpoints
+    runs: tuple[str, ...]  # run folders (their latest checkpoints), or checkpoints
     data: str  # folder made by prepare_c4.py with the models' tokenizer
     lengths: tuple[int, ...] = (128, 512, 2_048, 8_192)  # tokens of a window, [CLS] and [SEP] counted
     documents: int = 20  # how many to take, the first ones that are long enough
@@ -199,7 +199,7 @@ def measure(run: str, cfg: Config, texts: list[np.ndarray], available: int, voca
 
 def main(args: list[str] | None = None) -> None:
     """Command line; `args` replaces sys.argv[1:] in tests."""
-    cfg = tyro.cli(Config, args=args, use_underscores=True)
+    cfg = read_command_line(Config, args)
     try:
         if not cfg.runs or not cfg.lengths or min(cfg.lengths) < 3 or cfg.documents < 1:
             raise ValueError("give a run, --lengths of 3 or more, and --documents of 1 or more")

@@ -34,6 +34,7 @@ import numpy as np
 import tyro
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from flags import OPTIONS, one_line_refusals
 from records import PUBLISHED, Run, expand, listed, load, note, read_reports, read_sweep
 
 # Okabe & Ito's colour-blind-safe palette without its yellow (pale on white) and its black (the frontier's);
@@ -595,6 +596,7 @@ def glue(runs: Runs, out: Out = "plots/glue.png", baseline: str = "") -> None:
 if __name__ == "__main__":
     figures = {figure.__name__: figure for figure in (pareto, loss, masking, throughput, kernels, ablation, glue)}
     try:
-        tyro.extras.subcommand_cli_from_dict(figures, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+        with one_line_refusals():
+            tyro.extras.subcommand_cli_from_dict(figures, description=__doc__, **OPTIONS)
     except OSError as e:  # a file that cannot be read or written
         raise SystemExit(f"error: {e.filename}: {e.strerror}") from None

@@ -238,7 +238,7 @@ class Config:
     source: str  # docstrings | c4 | hub:owner/name[:config] | file, folder or glob of .jsonl(.gz|.zst) .parquet .txt
     out: str = ""  # folder to write; "" = data/<name of the source>
     vocab_size: int = 30528  # entries of the tokenizer with its 5 specials; a multiple of 64 suits tensor cores
-    lowercase: bool = True  # lowercase the text
+    lowercase: bool = True  # --no_lowercase keeps capitals
     train_tokenizer_on: str = "2GB"  # bytes of text the tokenizer is trained on (500MB, 2GB, ...)
     tokenizer: str = ""  # reuse a tokenizer: a Hugging Face tokenizer.json or a prepared folder; "" = train one
     max_docs: int = 0  # read at most this many documents; 0 = all
@@ -450,14 +450,13 @@ def summarize(cfg: Config, meta: dict, seconds: float) -> None:
 
 
 def main() -> None:
-    import tyro
+    from flags import read_command_line
 
-    options = {"config": (tyro.conf.PositionalRequiredArgs,), "use_underscores": True}
     try:
         if sys.argv[1:2] == ["inspect"]:
-            inspect_folder(tyro.cli(Inspect, args=sys.argv[2:], prog="prepare_c4.py inspect", **options))
+            inspect_folder(read_command_line(Inspect, sys.argv[2:], "prepare_c4.py inspect"))
         else:
-            prepare(tyro.cli(Config, description=__doc__, **options))
+            prepare(read_command_line(Config, about=__doc__))
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command continues") from None
     except BadInput as e:

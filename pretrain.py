@@ -44,6 +44,7 @@ from tqdm import tqdm
 
 from batches import Batch, Batches, count_masked, mask_tokens, one_mask_each
 from corpus import Corpus, Tokenizer, write_atomically
+from flags import one_line_refusals
 from kernels import attention_backend, attention_tiles
 from machine import git_revision, peak_tflops, pick_device, pick_dtype
 from model import MaskedLM, find_checkpoints, find_folder, flops_per_token
@@ -621,7 +622,8 @@ def main() -> None:
         name = f"{stem.parents[1].name}-cooldown-{int(stem.name[5:])}"
         inherited = replace(stem_cfg, data=(), start_from="", name=name)
         presets = {preset: (presets[preset][0], inherited)}
-    cfg = tyro.extras.overridable_config_cli(presets, use_underscores=True)
+    with one_line_refusals():
+        cfg = tyro.extras.overridable_config_cli(presets, use_underscores=True)
     if stem:
         cfg.cooldown_from, cfg.data = str(stem), cfg.data or stem_cfg.data
         if (cfg.model, cfg.optimizer) != (stem_cfg.model, stem_cfg.optimizer):

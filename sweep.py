@@ -38,6 +38,7 @@ import tyro
 
 import finetune_glue
 from corpus import to_json, write_atomically
+from flags import one_line_refusals, read_command_line
 from leaderboard import leaderboard, short
 from recipes import TrainConfig, check_config, make_presets
 from records import read_jsonl
@@ -56,7 +57,7 @@ FIXED = ("data", "budgets", "equal", "no_stem", "flags")
 class Config:
     """A sweep. Under the same name, presets, seeds, variants and fine-tuning can change later; the rest stays."""
 
-    presets: tyro.conf.Positional[tuple[str, ...]]  # of pretrain.py; the first is the base of --equal time
+    presets: tuple[str, ...]  # of pretrain.py; the first is the base of --equal time
     name: str = "sweep"  # of the folders in `out` and `results`
     data: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()  # as pretrain.py's
     seeds: tuple[int, ...] = (1, 2, 3)  # of pretraining: batches, masks and initial weights
@@ -153,7 +154,8 @@ def make_arms(cfg: Config) -> list[Arm]:
             if not cfg.no_stem:
                 settings = {"schedule": ["--schedule", "wsd"]} | settings
             words = [word for flag in settings.values() for word in flag]
-            config = tyro.extras.overridable_config_cli(presets, args=[preset, *words], use_underscores=True)
+            with one_line_refusals():
+                config = tyro.extras.overridable_config_cli(presets, args=[preset, *words], use_underscores=True)
             check_config(config, 1)
             stem = not cfg.no_stem and config.schedule == "wsd" and len(cfg.budgets) > 1
             if stem and (config.ramp_from or not config.cooldown):
@@ -285,7 +287,6 @@ def call(command: list[str], output: Path, lock: IO) -> str:
             child.wait()
             raise
     lines = [line.strip() for line in output.read_text(errors="replace").splitlines() if line.strip()]
-    lines = [line.strip("│ ") for line in lines if line.startswith("│")][:1] or lines  # what tyro puts into a box
     errors = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception)\b", line)]
     return (errors or lines or [f"exit code {code}"])[-1][:300] if code else ""
 
@@ -372,8 +373,7 @@ def tasks_of(finetune: tuple[str, ...]) -> list[str]:
     its usage where one is misspelt."""
     tasks = []
     for flags in finetune:
-        args = dict(args=["run", *shlex.split(flags)], use_underscores=True)
-        tune = tyro.cli(finetune_glue.Config, **args, config=(tyro.conf.FlagCreatePairsOff,))
+        tune = read_command_line(finetune_glue.Config, ["run", *shlex.split(flags)])
         if tune.eval or not tune.task:
             return []
         tasks += tune.task.split(",")
@@ -481,7 +481,7 @@ def main() -> None:
     def stop(signum, frame):
         raise KeyboardInterrupt
 
-    cfg = tyro.cli(Config, description=__doc__, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
+    cfg = read_command_line(Config, about=__doc__)
     signal.signal(signal.SIGTERM, stop)
     try:
         raise SystemExit(sweep(cfg))

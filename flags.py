@@ -1,0 +1,52 @@
+"""Command lines: a dataclass's fields as flags, read by tyro; what it refuses is said in one line.
+
+cfg = read_command_line(Config)                          # sys.argv; --help shows the comments beside the fields
+cfg = read_command_line(Config, ["runs/x", "--lr", "1"])
+"""
+
+import io
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from typing import TypeVar
+
+import tyro
+
+T = TypeVar("T")
+# a field without a default is given without its --name; --no_x is there only where x is on by itself
+OPTIONS = {"use_underscores": True, "config": (tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff)}
+
+
+def read_command_line(
+    config: type[T], args: Sequence[str] | None = None, prog: str | None = None, about: str = ""
+) -> T:
+    """A `config` from the command line `args`, default sys.argv[1:]. Exits with code 2 and one line on stderr if it
+    does not fit. `prog` is what --help calls the script, `about` what it says above the flags."""
+    with one_line_refusals():
+        return tyro.cli(config, args=args, prog=prog, description=about or config.__doc__, **OPTIONS)
+
+
+@contextmanager
+def one_line_refusals() -> Iterator[None]:
+    """Around a call of tyro: its box about a wrong command line becomes `error: what; perhaps this (where to look)`."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            yield
+    except SystemExit as e:
+        text = said.getvalue()
+        if e.code != 2 or "For full helptext" not in text:
+            sys.stderr.write(text)
+            raise
+        rows = [row.strip(" │") for row in text.splitlines() if row.strip() and row[0] not in "╭╰"]
+        parts = [part.strip().splitlines() for part in re.split(r"^[─-]{5,}$", "\n".join(rows), flags=re.MULTILINE)]
+        what, *more = parts if "╭" in text else parts[1:]  # without the box's characters its title is a part
+        line = re.sub(r"(?<!\.)\.$", "", " ".join(" ".join(what).split()))
+        meant = [row.split()[0] for part in more for row in part if row.startswith("--")]
+        hint = f"; perhaps {meant[0]}" if meant and meant[0] not in re.findall(r"[\w-]+", line) else ""
+        where = re.search(r"(\S+\.py.* --help)", " ".join(more[-1]))
+        where = f" ({where[1]} lists all)" if where else ""
+        print(f"error: {line[0].lower()}{line[1:]}{hint}{where}", file=sys.stderr)
+        raise SystemExit(2) from None
+    sys.stderr.write(said.getvalue())
