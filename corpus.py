@@ -287,8 +287,13 @@ class Corpus:
         self.folder = self.tokenizer_dir = Path(folder)
         self.split = split
         if not (self.folder / "meta.json").exists():
-            state = "unfinished; run the same prepare_c4.py command again" if self.folder.is_dir() else "missing"
-            raise BadInput(f"{self.folder} holds no meta.json: the preparation is {state}")
+            if not self.folder.is_dir() or not any(self.folder.iterdir()):
+                state = f"it is missing; make it with `python prepare_c4.py SOURCE --out {self.folder}`"
+            elif any((self.folder / name).exists() for name in ("progress.json", ".parts", "tokenizer.meta.json")):
+                state = "its preparation is unfinished; the same prepare_c4.py command continues"
+            else:
+                state = f"not prepared yet; `python prepare_c4.py {self.folder}` writes a folder that is"
+            raise BadInput(f"{self.folder} holds no meta.json: {state}")
         self.meta = read_json(self.folder / "meta.json")
         if self.meta.get("format") != FORMAT:
             raise BadInput(f"{self.folder}/meta.json is of format {self.meta.get('format')}, not {FORMAT}")

@@ -12,12 +12,15 @@ import multiprocessing
 import os
 import random
 import re
+import sys
 import sysconfig
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+
+from tqdm import tqdm
 
 from corpus import write_atomically
 
@@ -110,7 +113,8 @@ def collect_docstrings() -> list[str]:
             paths += [os.path.join(folder, name) for name in names if name.endswith(".py")]
     print(f"docstrings: reading {len(paths):,} source files of the installed packages", flush=True)
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        files = list(pool.map(docstrings_of, sorted(paths), chunksize=64))
+        read = pool.map(docstrings_of, sorted(paths), chunksize=64)
+        files = list(tqdm(read, "docstrings", len(paths), unit=" files", disable=not sys.stderr.isatty()))
     seen: set[int] = set()
     documents = []
     for groups in files:

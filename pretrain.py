@@ -335,7 +335,8 @@ def train(preset: str, cfg: TrainConfig) -> Path:
             for f in fields(a)
             if f.name != "model" and getattr(a, f.name) != getattr(b, f.name)
         ]
-        print(f"{preset}: {n_params:,} parameters, changed: {', '.join(changed) or 'nothing'}")
+        shape = f", shape of {cfg.start_from}" if cfg.start_from else ""
+        print(f"{preset}{shape}: {n_params:,} parameters, changed: {', '.join(changed) or 'nothing'}")
         print(f"attention: {backend} ({reason}); {world} × {hardware}, {str(dtype).removeprefix('torch.')}")
         n_documents, n_tokens = sum(map(len, corpora)), sum(c.n_tokens for c in corpora)
         print(f"data: {n_documents:,} documents, {n_tokens:,} tokens, {batches.n_windows:,} windows an epoch")

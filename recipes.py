@@ -97,6 +97,7 @@ LAPTOP = dict(  # small encoders, minutes on two cores: documents are scarce, so
     micro_tokens=4_096,
     optimizer="muon",  # validation loss 4.93 against adamw's 5.32 after the same 2.5 M tokens (LOG.md, 2026-11-20)
     lr=2e-3,
+    eval_every=0.1,
     eval_tokens=65_536,
     pppl_tokens=256,
     max_steps=2_000,

@@ -108,16 +108,20 @@ def file_documents(path: str, key: str) -> Iterator["str | BadInput"]:
         yield BadInput(f"{path} is damaged or cut short ({e})")
 
 
+def ask_hub(path: str) -> None:
+    """OSError, within seconds, when the hub cannot be asked about a dataset: its own libraries retry for minutes."""
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() not in ("", "0", "FALSE", "NO", "OFF"):
+        raise OSError("HF_HUB_OFFLINE is set")
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    urllib.request.urlopen(f"{endpoint}/api/datasets/{path}", timeout=10).close()
+
+
 @functools.cache
 def hub_splits(path: str, name: str | None) -> dict:
-    """Streaming splits of a hub dataset, or of a local folder laid out like one. BadInput, within seconds, when the
-    hub cannot be reached: its own libraries would retry for minutes."""
+    """Streaming splits of a hub dataset, or of a local folder laid out like one. BadInput when it cannot be had."""
     try:
         if not os.path.isdir(path):
-            if os.environ.get("HF_HUB_OFFLINE", "0").upper() not in ("", "0", "FALSE", "NO", "OFF"):
-                raise OSError("HF_HUB_OFFLINE is set")
-            endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-            urllib.request.urlopen(f"{endpoint}/api/datasets/{path}", timeout=10).close()
+            ask_hub(path)
         import datasets
 
         return datasets.load_dataset(path, name, streaming=True)

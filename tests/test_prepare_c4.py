@@ -645,8 +645,15 @@ def test_reader_names_the_file_that_does_not_match(folder):
     (folder / "train_00000.bin").rename(folder / "gone")
     with pytest.raises(ValueError, match=r"train_00000\.bin is listed in meta\.json but missing"):
         Corpus(folder)
-    with pytest.raises(ValueError, match=r"holds no meta\.json"):
+    (folder / "meta.json").unlink()
+    with pytest.raises(ValueError, match=r"holds no meta\.json: its preparation is unfinished"):
+        Corpus(folder)
+    with pytest.raises(ValueError, match=r"holds no meta\.json: it is missing; make it with .* --out .*nowhere"):
         Corpus(folder / "nowhere")
+    (raw := folder / "raw").mkdir()
+    (raw / "a.jsonl").write_text('{"text": "not prepared"}\n')
+    with pytest.raises(ValueError, match=r"holds no meta\.json: not prepared yet; `python prepare_c4.py .*raw`"):
+        Corpus(raw)
 
 
 # -------------------------------------------------------------------------------------------------- hub, docstrings
