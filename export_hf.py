@@ -27,6 +27,7 @@ from pathlib import Path
 
 import tokenizers
 import torch
+import tyro
 from safetensors.torch import save_file
 from tokenizers import decoders, normalizers, pre_tokenizers, processors
 from torch import Tensor
@@ -51,7 +52,7 @@ PIPELINES = {MaskedLM: "fill-mask", SequenceClassifier: "text-classification", T
 class Config:
     """Hand a checkpoint to the Hugging Face world."""
 
-    run: str  # run folder (its latest checkpoint), checkpoint, MosaicBERT or BERT folder or name
+    run: tyro.conf.Positional[str]  # run folder (its latest checkpoint), checkpoint, MosaicBERT or BERT folder or name
     out: str  # folder to write; must not exist
     bert: bool = False  # as transformers' own BERT, without code; only for BERT's shape
     onnx: bool = False  # also write onnx/model.onnx
@@ -390,7 +391,7 @@ def model_card(model: Pretrained, tokenizer: Tokenizer, source: str, facts: dict
 
 tokenizer = AutoTokenizer.from_pretrained("."{trust})
 model = AutoModel{end}.from_pretrained("."{trust})"""
-    code = "`modeling_nanomosaicbert.py` (transformers 5) is plain PyTorch, copied from the classes that trained it. "
+    code = "`modeling_nanomosaicbert.py` (transformers 4 or 5) is plain PyTorch, copied from the classes that trained it. "
     family = (
         "The shape is BERT's (Devlin et al. 2019)."
         if bert

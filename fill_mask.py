@@ -25,7 +25,7 @@ from model import MaskedLM, find_folder
 class Config:
     """Ask a pretrained encoder for missing words."""
 
-    run: str  # run folder (its latest checkpoint), checkpoint, MosaicBERT or BERT folder or name
+    run: tyro.conf.Positional[str]  # run folder (its latest checkpoint), checkpoint, MosaicBERT or BERT folder or name
     sentences: tyro.conf.Positional[tuple[str, ...]] = ()  # with one [MASK] or more; none: asked for
     top_k: int = 5  # answers for each mask
     tokenizer: str = ""  # tokenizer.json, or a folder with one; default: the model's own

@@ -14,8 +14,7 @@ from typing import TypeVar
 import tyro
 
 T = TypeVar("T")
-# a field without a default is given without its --name; --no_x is there only where x is on by itself
-OPTIONS = {"use_underscores": True, "config": (tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff)}
+OPTIONS = {"use_underscores": True, "config": (tyro.conf.FlagCreatePairsOff,)}  # --no_x only where x is on by itself
 
 
 def read_command_line(
@@ -43,6 +42,7 @@ def one_line_refusals() -> Iterator[None]:
         parts = [part.strip().splitlines() for part in re.split(r"^[─-]{5,}$", "\n".join(rows), flags=re.MULTILINE)]
         what, *more = parts if "╭" in text else parts[1:]  # without the box's characters its title is a part
         line = re.sub(r"(?<!\.)\.$", "", " ".join(" ".join(what).split()))
+        line = re.sub(r"\bSTR | \(required\)", "", line)
         meant = [row.split()[0] for part in more for row in part if row.startswith("--")]
         hint = f"; perhaps {meant[0]}" if meant and meant[0] not in re.findall(r"[\w-]+", line) else ""
         where = re.search(r"(\S+\.py.* --help)", " ".join(more[-1]))

@@ -25,6 +25,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import tyro
 from torch import Tensor
 
 from batches import Batch, mask_tokens
@@ -38,7 +39,7 @@ from model import MaskedLM, find_folder
 class Config:
     """MLM loss of the same hidden tokens in windows of several lengths."""
 
-    runs: tuple[str, ...]  # run folders (their latest checkpoints), or checkpoints
+    runs: tyro.conf.Positional[tuple[str, ...]]  # run folders (their latest checkpoints), or checkpoints
     data: str  # folder made by prepare_c4.py with the models' tokenizer
     lengths: tuple[int, ...] = (128, 512, 2_048, 8_192)  # tokens of a window, [CLS] and [SEP] counted
     documents: int = 20  # how many to take, the first ones that are long enough

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutput,
     MaskedLMOutput,
@@ -47,7 +47,7 @@ def geglu(h):
 Dropout = nn.Dropout
 
 
-class NanoMosaicBertConfig(PreTrainedConfig):
+class NanoMosaicBertConfig(PretrainedConfig):
     """Every field of EncoderConfig, and what transformers wants to know."""
 
     model_type = "nanomosaicbert"
@@ -63,8 +63,8 @@ class NanoMosaicBertConfig(PreTrainedConfig):
     def __init__(self, pad_token_id: int = 0, tie_word_embeddings: bool = True, **kwargs):
         for name, value in EncoderConfig().to_dict().items():
             setattr(self, name, kwargs.pop(name, value))
-        self.pad_token_id, self.tie_word_embeddings = pad_token_id, tie_word_embeddings
         super().__init__(**kwargs)
+        self.pad_token_id, self.tie_word_embeddings = pad_token_id, tie_word_embeddings  # transformers 4 has set both
 
     def encoder_config(self) -> EncoderConfig:
         return EncoderConfig(**{name: getattr(self, name) for name in EncoderConfig().to_dict()})

@@ -39,6 +39,7 @@ from itertools import count, islice, pairwise
 from pathlib import Path
 
 import numpy as np
+import tyro
 
 from corpus import (
     FORMAT,
@@ -52,6 +53,7 @@ from corpus import (
     valid_unicode,
     write_atomically,
 )
+from flags import read_command_line
 from inspect_corpus import CACHED, Inspect, inspect_folder, print_fertility
 from offline import n_dev_examples, write_word_order_task
 from sources import SUFFIXES, find_items, item_documents
@@ -235,7 +237,8 @@ def assemble(cfg: "Config", settings: dict) -> dict:
 # ---------------------------------------------------------------------------------------------------- command line
 @dataclasses.dataclass
 class Config:
-    source: str  # docstrings | c4 | hub:owner/name[:config] | file, folder or glob of .jsonl(.gz|.zst) .parquet .txt
+    # docstrings | c4 | hub:owner/name[:config] | file, folder or glob of .jsonl(.gz|.zst) .parquet .txt
+    source: tyro.conf.Positional[str]
     out: str = ""  # folder to write; "" = data/<name of the source>
     vocab_size: int = 30528  # entries of the tokenizer with its 5 specials; a multiple of 64 suits tensor cores
     lowercase: bool = True  # --no_lowercase keeps capitals
@@ -450,8 +453,6 @@ def summarize(cfg: Config, meta: dict, seconds: float) -> None:
 
 
 def main() -> None:
-    from flags import read_command_line
-
     try:
         if sys.argv[1:2] == ["inspect"]:
             inspect_folder(read_command_line(Inspect, sys.argv[2:], "prepare_c4.py inspect"))

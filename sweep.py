@@ -57,7 +57,7 @@ FIXED = ("data", "budgets", "equal", "no_stem", "flags")
 class Config:
     """A sweep. Under the same name, presets, seeds, variants and fine-tuning can change later; the rest stays."""
 
-    presets: tuple[str, ...]  # of pretrain.py; the first is the base of --equal time
+    presets: tyro.conf.Positional[tuple[str, ...]]  # of pretrain.py; the first is the base of --equal time
     name: str = "sweep"  # of the folders in `out` and `results`
     data: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()  # as pretrain.py's
     seeds: tuple[int, ...] = (1, 2, 3)  # of pretraining: batches, masks and initial weights

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import tyro
 
 from flags import one_line_refusals, read_command_line
 
@@ -14,13 +15,13 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass
 class Config:
-    run: str  # a folder
+    run: tyro.conf.Positional[str]  # a folder
     lr: float = 1.0  # peak
     quick: bool = False
     careful: bool = True
 
 
-def test_fields_are_read_with_underscores_and_a_field_without_default_is_positional():
+def test_fields_are_read_with_underscores_and_switches_only_from_their_default():
     assert read_command_line(Config, ["x", "--lr", "2", "--quick", "--no_careful"]) == Config("x", 2.0, True, False)
     assert read_command_line(Config, ["x"]) == Config("x")
 
@@ -30,7 +31,7 @@ def test_fields_are_read_with_underscores_and_a_field_without_default_is_positio
     [
         (["x", "--lrr", "3"], "unrecognized options: --lrr, 3; perhaps --lr ("),
         (["x", "--lr", "high"], "--lr: could not convert string to float: 'high' ("),
-        ([], "missing from "),
+        ([], "missing from script.py: a folder ("),
         (["x", "--no_quick"], "unrecognized options: --no_quick; perhaps --quick ("),
     ],
 )
