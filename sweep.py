@@ -339,7 +339,7 @@ def work(jobs: list[Job], state: Path, launch: str) -> dict[str, str]:
             failed[job.name] = mark["error"]
         elif job.after in failed:
             failed[job.name] = f"not run, as {job.after} failed"
-        return job.name in failed or ("error" not in mark and mark.get("command") == job.command)
+        return job.name in failed or ("error" not in mark and mark.get("command") == job.command[1:])
 
     while waiting:
         before = len(waiting)
@@ -355,7 +355,7 @@ def work(jobs: list[Job], state: Path, launch: str) -> dict[str, str]:
                             error = "stopped before its end"
                         seconds = round(time.time() - started, 1)
                         mark = {"error": error, "launch": launch} if error else {"seconds": seconds}
-                        write_atomically(state / f"{job.name}.json", to_json(mark | {"command": job.command}))
+                        write_atomically(state / f"{job.name}.json", to_json(mark | {"command": job.command[1:]}))
                         n = len(jobs) - len(waiting) + 1
                         print(f"{n}/{len(jobs)} {job.name}: {error or f'{seconds:,.0f} s'}", flush=True)
                     settled(job)
