@@ -37,6 +37,7 @@ PATTERN = r"['’](?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])| ?[\p{L}\p{M}]+| ?\p
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTE_CHARS = {b: chr(b) for b in PRINTABLE}
 BYTE_CHARS |= {b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(PRINTABLE)))}
+CHAR_BYTES = {char: byte for byte, char in BYTE_CHARS.items()}
 
 
 class BadInput(ValueError):
@@ -131,10 +132,9 @@ class Tokenizer:
             show_progress=False,
         )
         learner.train_from_iterator((valid_unicode(t.lower() if lowercase else t) for t in texts), trainer)
-        byte_of = {char: byte for byte, char in BYTE_CHARS.items()}
         learned = sorted(learner.get_vocab().items(), key=lambda item: item[1])
         tokens = [bytes([b]) for b in range(256)]
-        tokens += [bytes(byte_of[c] for c in token) for token, _ in learned if len(token) > 1]
+        tokens += [bytes(CHAR_BYTES[c] for c in token) for token, _ in learned if len(token) > 1]
         if (reached := len(tokens) + len(SPECIALS)) != vocab_size:
             raise BadInput(
                 f"the corpus is too small for --vocab_size {vocab_size}: it reaches {reached} tokens; "
@@ -239,7 +239,12 @@ class Tokenizer:
         """One id for display: " the", "##ing", "[MASK]"."""
         if token_id in self.names:
             return self.names[token_id]
-        return (self.hf.id_to_token(token_id) or "") if self.hf else self.decode([token_id])
+        if not self.hf:
+            return self.decode([token_id])
+        name = self.hf.id_to_token(token_id) or ""
+        if type(self.hf.decoder).__name__ != "ByteLevel":
+            return name
+        return bytes(CHAR_BYTES[c] for c in name).decode("utf-8", "replace") if CHAR_BYTES.keys() >= set(name) else name
 
 
 # ---------------------------------------------------------------------------------------------------------- shards

@@ -352,7 +352,7 @@ def run_facts(checkpoint: Path) -> dict:
         return {}
     run_config(run)  # refuses a run of another version
     facts = read_json(run / "config.json") | read_json(checkpoint / "progress.json")
-    lines, _ = read_jsonl(run / "log.jsonl")
+    lines, _ = read_jsonl(run / "log.jsonl") if (run / "log.jsonl").is_file() else ([], 0)
     facts["command"] = next((x["command"] for x in lines if x["type"] == "header"), "")
     evals = [x for x in lines if x["type"] == "eval" and x["step"] <= facts["step"]]
     return facts | {"eval": evals[-1] if evals else None}
@@ -391,7 +391,9 @@ def model_card(model: Pretrained, tokenizer: Tokenizer, source: str, facts: dict
 
 tokenizer = AutoTokenizer.from_pretrained("."{trust})
 model = AutoModel{end}.from_pretrained("."{trust})"""
-    code = "`modeling_nanomosaicbert.py` (transformers 4 or 5) is plain PyTorch, copied from the classes that trained it. "
+    code = (
+        "`modeling_nanomosaicbert.py` (transformers 4 or 5) is plain PyTorch, copied from the classes that trained it. "
+    )
     family = (
         "The shape is BERT's (Devlin et al. 2019)."
         if bert
@@ -403,7 +405,7 @@ model = AutoModel{end}.from_pretrained("."{trust})"""
     return f"""---
 library_name: transformers
 pipeline_tag: {PIPELINES[type(model)]}
-mask_token: "{tokenizer.token_text(tokenizer.mask_id)}"
+mask_token: "{fast_tokenizer(tokenizer).id_to_token(tokenizer.mask_id)}"
 tags: [encoder, {"bert" if bert else "mosaicbert, alibi, sentence-transformers"}]
 ---
 
@@ -459,6 +461,8 @@ def export(cfg: Config) -> Path:
     try:
         (write_bert if cfg.bert else write_model)(model, tokenizer, unfinished)
         write_tokenizer(tokenizer, unfinished, max_length)
+        if not tokenizer.hf:
+            tokenizer.save(unfinished)  # as it was trained, for our own scripts
         write_sentence_transformer(model, unfinished, max_length)
         card = model_card(model, tokenizer, cfg.run, facts, max_length, cfg.bert)
         (unfinished / "README.md").write_text(card, encoding="utf-8")

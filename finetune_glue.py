@@ -567,8 +567,10 @@ def finetune(cfg: Config) -> None:
     cache: dict = {}
     skipped = 0
     while (i := store.add("next job", 1) - 1) < len(jobs):
-        if jobs[i].finished():
+        if record := jobs[i].finished():
             skipped += 1
+            if record.get("command") != command:  # sweep.py takes the scores of the command it gave
+                append_record(jobs[i].path, record | {"command": command})
         else:
             run_job(jobs[i], cfg, device, dtype, cache, show_bar=world == 1 and sys.stderr.isatty())
     if skipped:

@@ -36,8 +36,8 @@ def one_line_refusals() -> Iterator[None]:
     except SystemExit as e:
         text = said.getvalue()
         if e.code != 2 or "For full helptext" not in text:
-            sys.stderr.write(text)
             raise
+        said.truncate(0)
         rows = [row.strip(" │") for row in text.splitlines() if row.strip() and row[0] not in "╭╰"]
         parts = [part.strip().splitlines() for part in re.split(r"^[─-]{5,}$", "\n".join(rows), flags=re.MULTILINE)]
         what, *more = parts if "╭" in text else parts[1:]  # without the box's characters its title is a part
@@ -49,4 +49,5 @@ def one_line_refusals() -> Iterator[None]:
         where = f" ({where[1]} lists all)" if where else ""
         print(f"error: {line[0].lower()}{line[1:]}{hint}{where}", file=sys.stderr)
         raise SystemExit(2) from None
-    sys.stderr.write(said.getvalue())
+    finally:
+        sys.stderr.write(said.getvalue())

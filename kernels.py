@@ -1233,11 +1233,13 @@ _sum_losses.register_autograd(
 
 
 def masked_cross_entropy(
-    logits: Tensor, labels: Tensor, *, z_loss: float = 0.0, ignore_index: int = -100, backend: str = "auto"
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, labels: Tensor, *, z_loss: float = 0.0, ignore_index: int = -100, keep_gradient: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Sum over rows of cross entropy + z_loss lse^2 (lse: log of the softmax sum), and how many rows were right.
 
-    logits (M, V) fp32, bf16 or fp16, last axis contiguous; **consumed**: it holds its own gradient afterwards.
+    logits (M, V) fp32, bf16 or fp16, last axis contiguous; **consumed**: where it requires a gradient, or with
+    keep_gradient (for an autograd.Function of the caller's), it holds its own gradient afterwards.
     labels (M,) int64, rows with `ignore_index` count for nothing. Returns (loss_sum, n_correct), both fp32 and
     0-dim: divide by the number of rows yourself (it is known on the host, so no synchronisation is needed).
     ValueError where shapes or dtypes do not fit."""
@@ -1246,7 +1248,7 @@ def masked_cross_entropy(
             f"masked_cross_entropy: needs logits (M, V) with a contiguous last axis and labels (M,) int64, got "
             f"{tuple(logits.shape)} and {tuple(labels.shape)} {labels.dtype}"
         )
-    write = torch.is_grad_enabled() and logits.requires_grad
+    write = keep_gradient or (torch.is_grad_enabled() and logits.requires_grad)
     # detached: the overwriting itself is no step of the computation that autograd should see
     args = z_loss, ignore_index, write, _use_triton(logits, backend)
     losses, correct = _cross_entropy_(logits.detach(), labels, *args)

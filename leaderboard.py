@@ -34,7 +34,8 @@ def verdict(x: list[float], y: list[float], lower: bool) -> tuple[str, str]:
     """(p of the two-sided paired t-test, what it says of x against y). lower=True: smaller values are better."""
     if len(x) < 2:
         return "–", "one seed: no test"
-    if len({a - b for a, b in zip(x, y)}) == 1:
+    differences = [a - b for a, b in zip(x, y)]
+    if max(differences) - min(differences) < 1e-9:  # scores of few examples: a spread of rounding errors is none
         return "–", "the same difference for every seed: no test"
     p = ttest_rel(x, y).pvalue
     better = "better" if (mean(x) < mean(y)) == lower else "worse"
@@ -104,7 +105,10 @@ def leaderboard(records: list[dict], failed: dict[str, str], title: str, command
         head = ["A", "B", "budget", "metric", "A − B", "n", "p", "A is"]
         text += ["## Does A beat B?", "", note, *table(head, tests), ""]
     timed = [r for r in records if r["type"] == "speed"]
-    speeds = [[r["arm"], ", ".join(f"{s:,.0f}" for s in r["tok_per_s"]), f"{r['ratio']:.3f}"] for r in timed]
+    speeds = [
+        [r["arm"], ", ".join(f"{s:,.0f}" for s in r["tok_per_s"]), f"{r['ratio']:.3f}" if r["ratio"] else "–"]
+        for r in timed
+    ]
     speeds = [[*line, f"{r['flops_per_token']:.3g}"] for line, r in zip(speeds, timed)]
     head = ["what", "tokens/s, each round", "against the first", "FLOPs per token"]
     text += ["## Speeds, measured in turns before the sweep", *table(head, speeds), ""]

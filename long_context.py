@@ -209,10 +209,16 @@ def main(args: list[str] | None = None) -> None:
         texts, available = long_documents(corpus, max(cfg.lengths) - 2, cfg.documents, cfg.join)
         print(f"{cfg.data}: {available:,} texts of {len(texts[0]):,} tokens or more, {len(texts):,} taken")
         records = [measure(run, cfg, texts, available, vocabulary) for run in cfg.runs]
+        if len({record["run"] for record in records}) < len(records):
+            raise ValueError(
+                "two of these are of one run, and their files would have one name; measure them one by one"
+            )
+        out = Path(cfg.out)
+        out.mkdir(parents=True, exist_ok=True)
     except ValueError as e:
         raise SystemExit(f"error: {e}") from None
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise SystemExit(f"error: {e.filename}: {e.strerror}") from None
     for record in records:
         path = out / f"long-context-{record['run']}.json"
         write_atomically(path, to_json(record))

@@ -22,6 +22,7 @@ What MosaicBERT (Portes et al. 2023, arXiv 2312.17482) changes in BERT, and wher
 
 import json
 import os
+import pickle
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -461,11 +462,10 @@ class DecoderLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         gradient = F.linear(h, weight, bias)  # the logits, for now
-        with torch.enable_grad():
-            loss, right = masked_cross_entropy(gradient.requires_grad_(), labels)
-        ctx.save_for_backward(h, weight, gradient.detach())
+        loss, right = masked_cross_entropy(gradient, labels, keep_gradient=True)
+        ctx.save_for_backward(h, weight, gradient)
         ctx.mark_non_differentiable(right)
-        return loss.detach(), right.detach()
+        return loss, right
 
     @staticmethod
     def backward(ctx, factor: Tensor, _) -> tuple[Tensor, Tensor, Tensor, None]:
@@ -659,7 +659,10 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         except SafetensorError as e:
             raise ValueError(f"{folder}/model.safetensors is damaged ({e})") from None
     if (folder / "pytorch_model.bin").is_file():
-        return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        try:
+            return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
+            raise ValueError(f"{folder}/pytorch_model.bin is damaged ({str(e).splitlines()[0]})") from None
     raise ValueError(f"{folder}: no model.safetensors and no pytorch_model.bin")
 
 

@@ -258,13 +258,14 @@ def pareto_records(runs: list[Run], metric: str, x: Cost, task: str, by: str) ->
 
 
 def pareto(runs: Runs, out: Out = "plots/pareto.png", x: Cost = "seconds", task: str = "",
-           metric: Literal["glue", "loss", "accuracy"] = "glue", by: Literal["family", "run"] = "family",
+           metric: Literal["glue", "loss", "accuracy", "pseudo_perplexity"] = "glue",
+           by: Literal["family", "run"] = "family",
            log: bool = False, linear: bool = False, published: bool = False) -> None:  # fmt: skip
     """Score against what pretraining cost: a line per family through its checkpoints, the frontier marked.
 
     Args:
         task: one fine-tuning task; without it, the mean over the tasks all checkpoints share.
-        metric: glue = fine-tuned score; loss, accuracy = of masked tokens in held-out text.
+        metric: glue = fine-tuned score; loss, accuracy, pseudo_perplexity = of masked tokens in held-out text.
         by: a line per family (per preset where a family has several), or per run.
         log: logarithmic cost axis. Without --log or --linear the range decides.
         linear: linear cost axis.
@@ -288,7 +289,7 @@ def pareto(runs: Runs, out: Out = "plots/pareto.png", x: Cost = "seconds", task:
     others = published_points(tasks, x) if published else []
     costs = np.concatenate([[p.x for p in trained], *[cost for _, cost, _ in others]])
     log = log or (not linear and costs.max() > 10 * costs.min())
-    scale, is_loss = (1, True) if metric == "loss" else (100, False)
+    scale, is_loss = (100, False) if metric in ("glue", "accuracy") else (1, True)
 
     fig, ax = plt.subplots()
     ax.margins(y=0.08)
@@ -323,10 +324,13 @@ def pareto(runs: Runs, out: Out = "plots/pareto.png", x: Cost = "seconds", task:
     measures = {m for r in records for m in r.get("metrics") or {}}
     one = f"{tasks[0]} dev {measures.pop() if len(measures) == 1 else 'score'}"
     many = "GLUE dev average" if set(tasks) == GLUE else f"Mean dev score of {len(tasks)} tasks"
-    what = {"glue": many if len(tasks) > 1 else one, "loss": "Held-out MLM loss", "accuracy": "Held-out MLM accuracy"}[
-        metric
-    ]
-    ax.set_ylabel(f"{what} ({'nats' if is_loss else '%'})")
+    what, unit_of_it = {
+        "glue": (many if len(tasks) > 1 else one, " (%)"),
+        "loss": ("Held-out MLM loss", " (nats)"),
+        "accuracy": ("Held-out MLM accuracy", " (%)"),
+        "pseudo_perplexity": ("Held-out pseudo-perplexity", ""),
+    }[metric]
+    ax.set_ylabel(what + unit_of_it)
     facts = [f"{n_seeds} fine-tuning seed{'s' * (n_seeds > 1)}"] if metric == "glue" else []
     facts += [f"{n_runs} runs per point"] * (n_runs > 1)
     facts += ["bars: ± 1 standard error"] * any(p.err > 0 for p in trained)
@@ -530,7 +534,8 @@ def ablation(sweeps: Runs, out: Out = "plots/ablation.png", budget: float = 0.0)
             seeds = set.intersection(*[x.keys() & y.keys() for x, y in pairs])
             gains = [float(np.mean([x[seed] - y[seed] for x, y in pairs])) for seed in seeds]
             if gains:
-                half = t.ppf(0.975, len(gains) - 1) * standard_error(gains) if len(gains) > 1 else math.nan
+                spread = len(gains) > 1 and max(gains) - min(gains) > 1e-9  # none: no more certain than one seed
+                half = t.ppf(0.975, len(gains) - 1) * standard_error(gains) if spread else math.nan
                 look = {**style[preset], "mfc": style[preset]["color"] if abs(np.mean(gains)) > half else "white"}
                 at = j + 0.6 * (i - (len(presets) - 1) / 2) / len(presets)
                 look |= {"linestyle": "", "elinewidth": 1.2, "capsize": 3, "ms": 6}
@@ -545,7 +550,7 @@ def ablation(sweeps: Runs, out: Out = "plots/ablation.png", budget: float = 0.0)
     n = f"n = {' to '.join(map(str, sorted({min(counts), max(counts)})))}" if counts else "no seed in common"
     what = f"{budget:,.9g} {equal[rows[0]['equal']]} · on {listed(sorted({r['device'] for r in rows}))}"
     lines = [f"variant − preset as it is, paired by seed, {n} · {what}"]
-    lines += ["bars: 95 % confidence interval of each alone · filled marker: 0 is outside · no bar: one seed"]
+    lines += ["bars: 95 % confidence interval of each alone · filled marker: 0 is outside · no bar: one, or all alike"]
     handles = [plt.Line2D([], [], label=name, **{**look, "linestyle": ""}) for name, look in style.items()]
     finish(fig, out, "What each change does", lines, handles)
 
@@ -581,8 +586,8 @@ def glue(runs: Runs, out: Out = "plots/glue.png", baseline: str = "") -> None:
         text = "–" if math.isnan(score) else f"{score:.1f}"
         if list(rows)[i] != baseline and math.isfinite(gain[i, j]):
             text += f"\n{gain[i, j]:+.1f}"
-        colour = "white" if image.to_rgba(gain[i, j])[:3] @ np.array([0.299, 0.587, 0.114]) < 0.5 else "black"
-        ax.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=7.5, color=colour)
+        dark = math.isfinite(gain[i, j]) and image.to_rgba(gain[i, j])[:3] @ np.array([0.299, 0.587, 0.114]) < 0.5
+        ax.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=7.5, color="white" if dark else "black")
     ax.set_xticks(np.arange(len(tasks)) + 0.5, tasks)
     ax.set_yticks(np.arange(len(rows)) + 0.5, [f"{name}, step {row[0]['step']}" for name, row in rows.items()])
     ax.tick_params(length=0)

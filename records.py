@@ -12,7 +12,8 @@ import numpy as np
 
 PUBLISHED = Path(__file__).parent / "results" / "published.json"
 BASIC = ["step", "tokens", "loss"]
-LOGGED = [*BASIC, "accuracy", "masking", "tok_per_s", "mfu", "train_seconds", "gpu_seconds", "dollars"]
+LOGGED = [*BASIC, "accuracy", "pseudo_perplexity", "masking", "tok_per_s", "mfu"]
+LOGGED += ["train_seconds", "gpu_seconds", "dollars"]
 NEEDED = {
     "train": BASIC,
     "eval": BASIC,
@@ -162,7 +163,7 @@ def read_reports(paths: tuple[str, ...], key: str) -> list[dict]:
     reports = []
     for path in [p for p in expand(paths) if p.suffix == ".json" and p.name != PUBLISHED.name]:
         try:
-            reports += [report] if key in (report := json.loads(path.read_text(encoding="utf-8"))) else []
-        except (OSError, ValueError) as e:
+            reports += [report] if key in dict(report := json.loads(path.read_text(encoding="utf-8"))) else []
+        except (OSError, ValueError, TypeError) as e:
             note(f"cannot be read, left out: {path} ({e})")
     return reports

@@ -55,7 +55,8 @@ FIXED = ("data", "budgets", "equal", "no_stem", "flags")
 
 @dataclass
 class Config:
-    """A sweep. Under the same name, presets, seeds, variants and fine-tuning can change later; the rest stays."""
+    """A sweep. Under the same name, presets, seeds, variants and fine-tuning can change later; the rest stays, and so
+    do the tokens of a run: a variant with another batch may need another name."""
 
     presets: tyro.conf.Positional[tuple[str, ...]]  # of pretrain.py; the first is the base of --equal time
     name: str = "sweep"  # of the folders in `out` and `results`
@@ -111,12 +112,20 @@ class Job:
     after: str = ""  # name of the job that has to be done before
 
 
+def words_of(flags: str, name: str) -> list[str]:
+    """Flags in quotes, as a shell would split them. SystemExit (one line) for an unbalanced quote."""
+    try:
+        return shlex.split(flags)
+    except ValueError as e:
+        raise SystemExit(f"error: {name}: {flags}: {e}") from None
+
+
 def read_flags(words: list[str]) -> dict[str, list[str]]:
     """["--lr", "1", "--model.no_bias"] -> {"lr": ["--lr", "1"], "model.bias": ["--model.no_bias"]}."""
     settings: dict[str, list[str]] = {}
     for word in words:
         if word.startswith("--"):
-            key = re.sub(r"(^|\.)no_", r"\1", word[2:].partition("=")[0])
+            key = re.sub(r"(^|\.)no_", r"\1", word[2:].partition("=")[0].replace("-", "_"))
             settings[key] = []
         elif not settings:
             raise SystemExit(f"error: --flags: {word!r} stands before the first --flag")
@@ -139,7 +148,7 @@ def read_variant(text: str) -> tuple[str, dict[str, list[str]]]:
 
 def make_arms(cfg: Config) -> list[Arm]:
     """The arms in order: each preset as it is, then its variants. SystemExit (one line) for settings that cannot be."""
-    presets, common = make_presets(), read_flags(shlex.split(cfg.flags))
+    presets, common = make_presets(), read_flags(words_of(cfg.flags, "--flags"))
     variants = [("", {}), *map(read_variant, cfg.vary)]
     if unknown := [p for p in cfg.presets if p not in presets]:
         raise SystemExit(f"error: unknown preset {unknown[0]!r}; choose from {', '.join(presets)}")
@@ -291,7 +300,7 @@ def call(command: list[str], output: Path, lock: IO) -> str:
     return (errors or lines or [f"exit code {code}"])[-1][:300] if code else ""
 
 
-def measure_speeds(cfg: Config, arms: list[Arm], state: Path, launch: str) -> dict[str, dict]:
+def measure_speeds(cfg: Config, arms: list[Arm], state: Path, started: float) -> dict[str, dict]:
     """{arm: tok_per_s of each round, ratio to the first arm's, flops_per_token ..., or error}. Arms not timed before
     run a few steps, in turns with the first; five rounds where the speeds decide how long the runs are, else one."""
     path, rounds, steps = state / "speed.json", 5 if cfg.equal == "time" else 1, cfg.timing_steps
@@ -299,7 +308,8 @@ def measure_speeds(cfg: Config, arms: list[Arm], state: Path, launch: str) -> di
     few += ["--max_steps", str(steps), "--pppl_tokens", "0"]
     with claim(state / "speed.lock", wait=True) as lock:
         known, words = read_json(path), {arm.name: [*data_flags(cfg), *arm.words] for arm in arms}
-        valid = {k: v for k, v in known.items() if v["words"] == words.get(k) and v.get("failed_in", launch) == launch}
+        same = {k: v for k, v in known.items() if v["words"] == words.get(k) and v.get("against") == arms[0].name}
+        valid = {k for k, v in same.items() if v.get("ratio") or v.get("failed_at", 0) >= started}
         new = [arm for arm in arms if arm.name not in valid]
         group = [arms[0], *[a for a in new if a is not arms[0]]] if new else []
         turns, about = defaultdict(list), defaultdict(dict)
@@ -314,14 +324,14 @@ def measure_speeds(cfg: Config, arms: list[Arm], state: Path, launch: str) -> di
             error, log = call(command, state / f"timing-{arm.name}.log", lock), read_log(run / "log.jsonl")
             speeds = [r["tok_per_s"] for r in log if r.get("type") == "train"][1:]  # the first has the start in it
             if error or not speeds:
-                about[arm.name] = {"error": error or "no speed: too few --timing_steps", "failed_in": launch}
+                about[arm.name] = {"error": error or "no speed: too few --timing_steps", "failed_at": time.time()}
                 continue
             turns[arm.name].append(median(speeds))
             header = next(r for r in log if r.get("type") == "header")
             about[arm.name] = {k: header.get(k) for k in ("flops_per_token", "n_params", "device", "revision")}
         shutil.rmtree(state / "timing", ignore_errors=True)
         for arm in new:
-            known[arm.name] = about[arm.name] | {"words": words[arm.name]}
+            known[arm.name] = about[arm.name] | {"words": words[arm.name], "against": arms[0].name}
             if "error" not in about[arm.name]:
                 ratios = [a / b for a, b in zip(turns[arm.name], turns[arms[0].name])]
                 known[arm.name] |= {"tok_per_s": turns[arm.name], "ratio": median(ratios) if ratios else None}
@@ -329,13 +339,13 @@ def measure_speeds(cfg: Config, arms: list[Arm], state: Path, launch: str) -> di
     return {arm.name: known[arm.name] for arm in arms}
 
 
-def work(jobs: list[Job], state: Path, launch: str) -> dict[str, str]:
+def work(jobs: list[Job], state: Path, started: float) -> dict[str, str]:
     """Takes jobs until all are done or have failed, whoever runs them. Returns {job: its error}."""
     waiting, failed = {job.name: job for job in jobs}, {}
 
     def settled(job: Job) -> bool:
         mark = read_json(state / f"{job.name}.json")
-        if "error" in mark and mark["launch"] == launch:
+        if mark.get("failed_at", 0) >= started:
             failed[job.name] = mark["error"]
         elif job.after in failed:
             failed[job.name] = f"not run, as {job.after} failed"
@@ -349,12 +359,12 @@ def work(jobs: list[Job], state: Path, launch: str) -> dict[str, str]:
                     continue
                 with lock:
                     if not settled(job):  # another worker may have done it between the two looks
-                        started = time.time()
+                        began = time.time()
                         error = call(job.command, state / f"{job.name}.log", lock)
                         if not error and job.tokens and not progress(job.run).get("finished"):
                             error = "stopped before its end"
-                        seconds = round(time.time() - started, 1)
-                        mark = {"error": error, "launch": launch} if error else {"seconds": seconds}
+                        seconds = round(time.time() - began, 1)
+                        mark = {"error": error, "failed_at": time.time()} if error else {"seconds": seconds}
                         write_atomically(state / f"{job.name}.json", to_json(mark | {"command": job.command[1:]}))
                         n = len(jobs) - len(waiting) + 1
                         print(f"{n}/{len(jobs)} {job.name}: {error or f'{seconds:,.0f} s'}", flush=True)
@@ -368,21 +378,9 @@ def work(jobs: list[Job], state: Path, launch: str) -> dict[str, str]:
 # ----------------------------------------------------------------------------- results
 
 
-def tasks_of(finetune: tuple[str, ...]) -> list[str]:
-    """GLUE tasks that the calls of finetune_glue.py name; none where one of them takes all, or an own task. Exits with
-    its usage where one is misspelt."""
-    tasks = []
-    for flags in finetune:
-        tune = read_command_line(finetune_glue.Config, ["run", *shlex.split(flags)])
-        if tune.eval or not tune.task:
-            return []
-        tasks += tune.task.split(",")
-    return tasks
-
-
-def collect(cfg: Config, jobs: list[Job], tasks: list[str]) -> list[dict]:
+def collect(cfg: Config, jobs: list[Job]) -> list[dict]:
     """A row for each finished run and metric. value: loss in nats per masked token of held-out text; accuracy and
-    tasks (all that there are if none is given) as shares of 1, the mean of `values`, one for each fine-tuning seed."""
+    the tasks fine-tuned as asked for now, as shares of 1, the mean of `values`, one for each fine-tuning seed."""
     rows = []
     for job in [job for job in jobs if job.tokens]:
         done, log = progress(job.run), read_log(job.run / "log.jsonl")
@@ -398,9 +396,7 @@ def collect(cfg: Config, jobs: list[Job], tasks: list[str]) -> list[dict]:
         rows += [row | {"metric": m, "value": held_out[-1][m]} for m in ("loss", "accuracy")]
         tuned_by = {shlex.join(["finetune_glue.py", str(job.run), *shlex.split(flags)]) for flags in cfg.finetune}
         for path in sorted(job.run.glob("glue/*.jsonl")) if cfg.finetune else ():
-            # a seed that ran with several settings counts once: as asked for now, else as it ran last
-            found = [r for r in read_jsonl(path)[0] if r["step"] == done["step"] and (not tasks or r["task"] in tasks)]
-            found.sort(key=lambda r: r.get("command") in tuned_by)
+            found = [r for r in read_jsonl(path)[0] if r["step"] == done["step"] and r.get("command") in tuned_by]
             if last := {r["seed"]: r for r in found}:
                 scores, one = [r["score"] for r in last.values()], next(iter(last.values()))
                 more = {"majority": one.get("majority"), "measures": list(one.get("metrics", {}))}
@@ -431,24 +427,26 @@ def announce(cfg: Config, jobs: list[Job], speeds: dict[str, dict], state: Path,
 def sweep(cfg: Config) -> int:
     """Run or continue a sweep; returns the exit code. SystemExit (one line) for bad input."""
     rank, workers = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    # what failed is tried once in a launch, and torchrun's workers are one launch: they have their parent in common
-    launch = f"{os.getppid() if workers > 1 else os.getpid()} {os.environ.get('MASTER_PORT', '')}"
+    started = time.time()  # what failed before is tried again
     if fcntl is None:
         raise SystemExit("error: sweep.py needs the file locks of Linux and macOS; on Windows run it in WSL")
     if not re.fullmatch(r"\w[\w.-]*", cfg.name):
         raise SystemExit(f"error: --name {cfg.name!r} names folders: use letters, digits, . _ and -")
     arms, state = make_arms(cfg), Path(cfg.out, cfg.name, ".jobs")
-    if cfg.equal == "tokens":
-        tokens_of_budgets(cfg, arms, {})  # refuses budgets that cannot be, before the speeds are measured
-    tasks = tasks_of(cfg.finetune)
+    for flags in cfg.finetune:
+        read_command_line(finetune_glue.Config, ["run", *words_of(flags, "--finetune")])  # refuses what is misspelt
     state.mkdir(parents=True, exist_ok=True)
     with claim(state / "sweep.lock", wait=True):
         old, now = read_json(state / "sweep.json"), json.loads(json.dumps({k: getattr(cfg, k) for k in FIXED}))
-        if differ := "; ".join(f"--{k} {v} -> {now[k]}" for k, v in old.items() if now[k] != v):
+        if cfg.equal == "time":
+            now["first preset"] = cfg.presets[0]
+        if cfg.equal == "tokens":  # the same for all arms: whole steps of each
+            now["tokens"] = [*tokens_of_budgets(cfg, arms, {})[arms[0].name].values()]
+        if differ := "; ".join(f"{'--' * (k in FIXED)}{k} {v} -> {now[k]}" for k, v in old.items() if now.get(k) != v):
             raise SystemExit(f"error: {state.parent} holds a sweep with {differ}; give this one another --name")
         if not cfg.dry_run:
             write_atomically(state / "sweep.json", to_json(now))
-    speeds = measure_speeds(cfg, arms, state, launch)
+    speeds = measure_speeds(cfg, arms, state, started)
     failed = {f"timing {name}": s["error"] for name, s in speeds.items() if "error" in s}
     if f"timing {arms[0].name}" in failed and cfg.equal == "time":
         raise SystemExit(f"error: the first preset cannot be timed: {failed[f'timing {arms[0].name}']}")
@@ -457,10 +455,10 @@ def sweep(cfg: Config) -> int:
         announce(cfg, jobs, speeds, state, workers)
     if cfg.dry_run:
         return int(bool(failed))
-    failed |= work(jobs, state, launch)
+    failed |= work(jobs, state, started)
     if rank:
         return 0
-    rows, folder = collect(cfg, jobs, tasks), Path(cfg.results, cfg.name)
+    rows, folder = collect(cfg, jobs), Path(cfg.results, cfg.name)
     if rows:
         folder.mkdir(parents=True, exist_ok=True)
         keep = ("tok_per_s", "ratio", "flops_per_token", "n_params", "device", "revision")

@@ -19,7 +19,7 @@ from corpus import Tokenizer
 from export_hf import fast_tokenizer, main, modeling_source
 from fill_mask import fill_mask
 from model import EncoderConfig, MaskedLM, SentenceEmbedder, SequenceClassifier, TokenClassifier
-from pretrain import train
+from pretrain import load_start, train
 from recipes import TrainConfig, make_presets
 
 ROOT = Path(__file__).parents[1]
@@ -375,6 +375,16 @@ def test_the_fill_mask_pipeline_answers_as_fill_mask_does(run, exported, tokeniz
     (expected,) = fill_mask(model, tokenizer, text, 4)
     assert [a["token_str"] for a in answers] == [token for token, _ in expected]
     assert [a["score"] for a in answers] == pytest.approx([p for _, p in expected], rel=1e-4)
+
+
+def test_our_own_scripts_read_the_folder_as_the_checkpoint(run, exported, tokenizer, tmp_path):
+    text = "return the [MASK] of items"
+    ours = fill_mask(MaskedLM.from_pretrained(run), tokenizer, text, 4)
+    for name in (None, "tokenizer.json"):  # the folder; and the same vocabulary as others write it
+        theirs = Tokenizer.load(exported / name if name else exported)
+        assert fill_mask(MaskedLM.from_pretrained(exported), theirs, text, 4) == ours
+        assert [theirs.token_text(i) for i in range(800)] == [tokenizer.token_text(i) for i in range(800)]
+    load_start(str(exported), tokenizer, "data")  # not refused as another tokenizer's
 
 
 def test_sentence_transformers_encodes_as_sentence_embedder(run, exported, tokenizer):

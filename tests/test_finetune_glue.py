@@ -680,6 +680,16 @@ def test_finished_jobs_are_skipped_and_a_torn_line_runs_again(run, tmp_path, cap
     assert len(records(run)["toy"]) == 6
 
 
+def test_a_score_that_another_command_asks_for_is_noted_under_that_command_too(run, tmp_path, monkeypatch):
+    args = [str(run), *toy_task(tmp_path, 40), "--seeds", "1", *QUICK]
+    for command in (["a"], ["b"], ["b"], ["a", "--compile", "off"]):
+        monkeypatch.setattr(sys, "argv", ["finetune_glue.py", *command])
+        main(args)
+    found = records(run)["toy"]
+    assert [r["command"] for r in found] == [f"finetune_glue.py {c}" for c in ("a", "b", "a --compile off")]
+    assert all(r | {"command": ""} == found[0] | {"command": ""} for r in found)  # it ran once
+
+
 def test_checkpoints_can_be_chosen(run, tmp_path, tokenizer, capsys):
     write_checkpoint(run, tokenizer, 20)
     unfinished = write_checkpoint(run, tokenizer, 30)

@@ -565,6 +565,7 @@ def test_heat_map_compares_last_checkpoints_with_the_baseline(tmp_path, monkeypa
     fig = drawn(monkeypatch, plots.glue, (a, b), out=str(tmp_path / "p.png"), baseline="b")
     cells = [t.get_text() for t in fig.axes[0].texts if t.get_text()]
     assert cells == ["–", "65.0\n+15.0", "30.0", "50.0"]
+    assert fig.axes[0].texts[0].get_color() == "black"  # on an empty cell, which is white
 
 
 # ------------------------------------------------------------------------------------------------ command line

@@ -213,6 +213,17 @@ def test_a_dry_run_prints_the_jobs_and_their_time_and_runs_none(stand_ins):
     assert not calls(stand_ins) and not (stand_ins / "results").exists()
 
 
+def test_what_would_change_the_length_of_old_runs_is_refused(stand_ins):
+    args = ["mosaic-tiny", "--seeds", 1, "--budgets", 10_200]
+    run(stand_ins, *args)
+    said = run(stand_ins, *args, "--vary", "wide:batch_tokens=350", code=1)
+    assert "holds a sweep with tokens [10200] -> [10500]" in said and "another --name" in said
+    timed = ["--equal", "time", "--seeds", 1, "--budgets", 10_000, "--name", "time"]
+    run(stand_ins, "mosaic-tiny", *timed)
+    said = run(stand_ins, "bert-tiny", "mosaic-tiny", *timed, code=1)
+    assert "holds a sweep with first preset mosaic-tiny -> bert-tiny" in said
+
+
 # ---------------------------------------------------------------------------------------------------- queue
 def test_the_same_command_again_runs_nothing_and_more_seeds_run_only_those(stand_ins):
     args = ["mosaic-tiny", "--budgets", 10_000, 20_000, "--finetune=--task RTE,CoLA"]
@@ -251,6 +262,8 @@ def test_tasks_can_be_fine_tuned_by_several_calls_one_after_the_other(stand_ins)
     assert [c.split()[0] for c in calls(stand_ins)] == ["mosaic-tiny-s1-10K", "finetune", "finetune"]
     values = {r["metric"]: r["values"] for r in rows(stand_ins) if "values" in r}
     assert values == {"RTE": [0.62, 0.64], "CoLA": pytest.approx([0.72, 0.74])}
+    said = run(stand_ins, *args, "--finetune=--task 'RTE", code=1)
+    assert said.splitlines()[-1] == "error: --finetune: --task 'RTE: No closing quotation"
 
 
 def test_a_killed_sweep_continues_and_its_orphaned_script_is_waited_for(stand_ins):
@@ -411,6 +424,11 @@ def test_presets_are_compared_with_the_same_variant_and_variants_with_their_pres
     tests = leaderboard(records, {}, "t", "c").partition("## Does A beat B?")[2]
     compared = [line.split(" | ")[:2] for line in tests.splitlines() if "held-out" in line]
     assert compared == [["| a", "b"], ["| a+x", "b+x"], ["| a+x", "a"], ["| b+x", "b"]]
+
+
+def test_equal_differences_are_no_certainty():
+    a, b = [142 / 277, 144 / 277, 150 / 277], [140 / 277, 142 / 277, 148 / 277]  # two examples more for each seed
+    assert verdict(a, b, lower=False) == ("–", "the same difference for every seed: no test")
 
 
 def test_one_seed_is_no_evidence():
