@@ -228,6 +228,41 @@ def bench_attention(cfg: Config, timer: Timer, roofline: dict) -> list[dict]:
     return rows
 
 
+# ----------------------------------------------------------------------------- matmul
+
+
+def matmul_shapes(T: int, d: int, ff: int, V: int, M: int) -> dict[str, tuple[int, int, int]]:
+    """The encoder's linear layers: (rows, in, out) of each, so 2 rows·in·out FLOPs forward and twice that backward."""
+    return {
+        "queries, keys, values": (T, d, 3 * d),
+        "attention out": (T, d, d),
+        "feed-forward in": (T, d, 2 * ff),
+        "feed-forward out": (T, ff, d),
+        "MLM transform": (M, d, d),
+        "MLM decoder": (M, d, V),
+    }
+
+
+def bench_matmul(cfg: Config, timer: Timer, roofline: dict) -> list[dict]:
+    """What cuBLAS reaches on the shapes of a step: the ceiling of the whole model."""
+    make = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+    rows = []
+    d = cfg.heads * cfg.head_dim
+    for name, (n, i, o) in matmul_shapes(cfg.tokens, d, cfg.d_ff, cfg.vocab, int(cfg.masked * cfg.tokens)).items():
+        x, weight, dy = make(n, i), make(o, i), make(n, o)
+        cost = 2 * n * i * o, 2 * (n * i + i * o + n * o), roofline
+        row = {"matmul": name, "shape": [n, i, o], "provider": "cuBLAS, bf16"} | attempt(
+            lambda x=x, weight=weight, dy=dy, cost=cost: {
+                "forward": rates(timer(lambda: F.linear(x, weight)), *cost),
+                "input gradient": rates(timer(lambda: dy @ weight), *cost),
+                "weight gradient": rates(timer(lambda: dy.t() @ x), *cost),
+            }
+        )
+        print_row(row, name, "tflops", "TFLOP/s")
+        rows.append(row)
+    return rows
+
+
 # ----------------------------------------------------------------------------- pointwise
 
 
@@ -305,13 +340,11 @@ def run(cfg: Config) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("error: bench.py kernels: no CUDA device here, and the kernels can only be timed on one")
     torch.manual_seed(0)
+    torch._dynamo.config.recompile_limit = 64  # each length has its own mask; past the limit FlexAttention runs eagerly
     timer = Timer(cfg.repeats)
     roofline = measured_roofline(timer)
     print(f"roofline of this run: {roofline['tflops']:.0f} TFLOP/s, {roofline['gb_per_s']:.0f} GB/s")
-    report = {
-        "settings": asdict(cfg),
-        "roofline": roofline,
-        "attention": bench_attention(cfg, timer, roofline),
-        "pointwise": bench_pointwise(cfg, timer, roofline),
-    }
-    print(f"wrote {write_report('kernels', report, cfg.out)}")
+    report = {"settings": asdict(cfg), "roofline": roofline}
+    for part, bench in (("pointwise", bench_pointwise), ("matmul", bench_matmul), ("attention", bench_attention)):
+        report[part] = bench(cfg, timer, roofline)
+        print(f"wrote {write_report('kernels', report, cfg.out)}", flush=True)  # a kill loses the rest only

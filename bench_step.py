@@ -51,6 +51,7 @@ class Config:
     warmup: int = 3  # steps before the first round
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matmuls; weights stay float32
+    profile: str = ""  # text file for the kernels of three steps of the first contender that ran, by time
     out: str = ""  # where to write; default results/step-<device>.json
 
 
@@ -304,8 +305,15 @@ def compare(cfg: Config, size: str, seq_len: int, source, device: torch.device, 
                     c.turns.append(take_turn(c, cfg.steps, device, dtype, pool))
                 except Exception as error:
                     failed[c.name] = failure(error)
-    pool.shutdown()
     done = [c for c in running if c.name not in failed]
+    if cfg.profile and done:
+        with torch.profiler.profile() as trace:
+            take_turn(done[0], 3, device, dtype, pool)
+        by = f"self_{device.type if device.type == 'cuda' else 'cpu'}_time_total"
+        table = trace.key_averages().table(sort_by=by, row_limit=60, max_name_column_width=90)
+        with open(cfg.profile, "a", encoding="utf-8") as f:
+            f.write(f"{size}, {seq_len}, {done[0].name}, 3 steps\n{table}\n")
+    pool.shutdown()
     rows += [{"name": name, "failed": why} for name, why in failed.items()]
     for c in done:
         row = {key: statistics.median(t[key] for t in c.turns) for key in c.turns[0]}
@@ -370,6 +378,7 @@ def run(cfg: Config) -> dict:
             print_comparison(results[-1])
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    body = {"settings": asdict(cfg), "dtype": str(dtype), "threads": torch.get_num_threads(), "results": results}
-    print(f"wrote {write_report('step', body, cfg.out)}")
+            body = {"settings": asdict(cfg), "dtype": str(dtype), "threads": torch.get_num_threads()}
+            body["results"] = results
+            print(f"wrote {write_report('step', body, cfg.out)}", flush=True)  # a kill loses the next one at most
     return body

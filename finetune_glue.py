@@ -105,12 +105,15 @@ class Encoded:
         ids = self.ids[np.repeat(self.starts[index], lengths) + place]
         types = place >= np.repeat(self.first[index], lengths)
 
-        def send(array: np.ndarray, dtype: type) -> Tensor:
-            tensor = torch.from_numpy(array.astype(dtype))
-            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-        ids, types, cu_seqlens = send(ids, np.int64), send(types, np.int64), send(cu_seqlens, np.int32)
+        arrays = ids.astype(np.int64), types.astype(np.int64), cu_seqlens.astype(np.int32)
+        ids, types, cu_seqlens = (send(array, device) for array in arrays)
         return dict(input_ids=ids, token_type_ids=types, cu_seqlens=cu_seqlens, max_seqlen=int(lengths.max()))
+
+
+def send(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array on the device, without waiting for it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def encode(texts: list[list[str]], tokenizer: Tokenizer, max_len: int) -> Encoded:
@@ -158,7 +161,7 @@ def train(model: nn.Module, data: Encoded, y: np.ndarray, recipe: Recipe, seed: 
             optimizer.param_groups[0]["lr"] = recipe.lr * done
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 logits = model(**data.batch(index, device)).float()  # (B, n_labels)
-            wanted = torch.from_numpy(y[index]).to(device)
+            wanted = send(y[index], device)
             loss = F.cross_entropy(logits, wanted) if y.dtype == np.int64 else F.mse_loss(logits[:, 0], wanted)
             loss.backward()
             optimizer.step()

@@ -102,15 +102,20 @@ def alibi_slopes(n_heads: int) -> Tensor:
     return torch.tensor(slopes, dtype=torch.float32)
 
 
-# The largest score tensor the reference holds, in elements (2^21 fp32 = 8 MB, to stay in a CPU's cache).
-SCORE_BUDGET = 2**21
+# The largest score tensor the reference holds, in elements: 2^21 fp32 = 8 MB stay in a CPU's cache; a GPU takes 1 GB,
+# as each group of documents costs it a hundred launches and a few waits.
+SCORE_BUDGET = {"cpu": 2**21, "cuda": 2**28}
+
+
+def _score_budget(device: torch.device) -> int:
+    return SCORE_BUDGET.get(device.type, SCORE_BUDGET["cpu"])
 
 
 def _length_groups(cu_seqlens: Tensor, n_heads: int) -> list[tuple[Tensor, Tensor | None]]:
     """Documents of like length side by side, so that they can be computed as one padded batch.
 
     Returns [(rows (b, s) int64, valid (b, s) bool or None if nothing is padded), ...]. A document joins a group when
-    it wastes less than a quarter of its row and the group's score tensor stays within SCORE_BUDGET."""
+    it wastes less than a quarter of its row and the group's score tensor stays within the SCORE_BUDGET."""
     cu = cu_seqlens.detach().cpu().long()
     lens = cu[1:] - cu[:-1]
     order = torch.argsort(lens, descending=True, stable=True)
@@ -118,7 +123,7 @@ def _length_groups(cu_seqlens: Tensor, n_heads: int) -> list[tuple[Tensor, Tenso
     groups, first = [], 0
     while first < len(order_lens) and order_lens[first] > 0:
         s, last = order_lens[first], first + 1
-        most = max(1, SCORE_BUDGET // (n_heads * s * s))
+        most = max(1, _score_budget(cu_seqlens.device) // (n_heads * s * s))
         while last < len(order_lens) and last - first < most and order_lens[last] > max(0.75 * s - 16, 0):
             last += 1
         members = order[first:last]
@@ -202,7 +207,7 @@ def _attention_reference(qkv, cu_seqlens, slopes, dropout_p, seed):
     for rows, valid in _length_groups(cu_seqlens, H):
         (b, s), o, row_lse = rows.shape, [], []
         q, k, v = _split_heads(qkv, rows, dtype)  # (b, H, s, D) each
-        chunk = max(1, SCORE_BUDGET // (b * H * s))  # one long document is cut into blocks of queries
+        chunk = max(1, _score_budget(qkv.device) // (b * H * s))  # one long document is cut into blocks of queries
         for i0 in range(0, s, chunk):
             p = _group_scores(q[:, :, i0 : i0 + chunk], k, slopes, valid, i0)
             m = p.amax(-1, keepdim=True)
@@ -233,7 +238,7 @@ def _attention_backward_reference(dout, qkv, out, lse, cu_seqlens, slopes, dropo
             do.masked_fill_(~valid[:, None, :, None], 0)
         delta = (_wide(do) * o).sum(-1, keepdim=True)
         dq, dk, dv = (torch.zeros_like(x, dtype=delta.dtype) for x in (q, k, v))
-        chunk = max(1, SCORE_BUDGET // (b * H * s))
+        chunk = max(1, _score_budget(qkv.device) // (b * H * s))
         for i0 in range(0, s, chunk):
             i = slice(i0, i0 + chunk)
             p = _group_scores(q[:, :, i], k, slopes, valid, i0).sub_(row_lse[:, :, i]).exp_()

@@ -10,7 +10,8 @@ import torch
 
 import bench_kernels
 import machine
-from bench_kernels import attempt, attention_cost, draw_lengths, pointwise_bytes, print_row, rates
+from bench_kernels import attempt, attention_cost, draw_lengths, matmul_shapes, pointwise_bytes, print_row, rates
+from model import PRESETS, EncoderConfig, MaskedLM
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,6 +78,13 @@ def test_flops_and_bytes_are_those_counted_by_hand():
         "gather_rows (unpad)": (24 + 24, 24 + 80),
         "scatter_rows (pad)": (24 + 80, 24 + 24),
     }
+
+
+def test_matmuls_are_those_of_mosaic_base():
+    shapes = matmul_shapes(65_536, 768, 3_072, 30_528, 19_660)
+    modules = MaskedLM(EncoderConfig(**PRESETS["mosaic-base"] | {"n_layers": 1})).modules()
+    sizes = sorted((m.in_features, m.out_features) for m in modules if isinstance(m, torch.nn.Linear))
+    assert sorted((i, o) for _, i, o in shapes.values()) == sizes
 
 
 def test_rates_divide_by_the_slower_of_the_two_limits(capsys):

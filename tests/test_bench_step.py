@@ -28,6 +28,12 @@ def test_every_contender_runs_on_a_cpu(tmp_path):
     assert set(ratios) == {"mosaic-tiny", "bert-tiny"} and set(ratios["bert-tiny"]) == set(rows) - set(ratios)
 
 
+def test_a_profile_names_the_kernels_of_the_first_contender(tmp_path):
+    run(Config(**{**vars(TINY), "profile": str(tmp_path / "profile.txt"), "out": str(tmp_path / "step.json")}))
+    text = (tmp_path / "profile.txt").read_text()
+    assert text.startswith("tiny, 32, mosaic-tiny, 3 steps") and "aten::addmm" in text and "Self CPU time total" in text
+
+
 def test_a_ratio_is_the_median_of_the_rounds_ratios(tmp_path):
     result = run(Config(**{**vars(TINY), "rounds": 3, "out": str(tmp_path / "step.json")}))["results"][0]
     a, b = ({r["name"]: r["rounds"] for r in result["contenders"]}[n] for n in ("bert-tiny", "BertForMaskedLM"))

@@ -295,7 +295,7 @@ def test_dropout_draws_the_same_mask_in_the_backward():
 @pytest.mark.skipif(TRITON, reason="about the reference")
 def test_one_long_document_among_many_short_ones_stays_within_memory(monkeypatch):
     """Scores are held for one length class, and one block of queries, at a time."""
-    monkeypatch.setattr(kernels, "SCORE_BUDGET", 20_000)
+    monkeypatch.setitem(kernels.SCORE_BUDGET, "cpu", 20_000)
     lengths = [3] * 500 + [900] + [2] * 500
     largest = 0
     scores = kernels._group_scores
