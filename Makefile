@@ -1,6 +1,6 @@
 # make demo    the whole pipeline on two CPU cores, about 9 minutes:  make demo [SOURCE=...] [TASK=RTE GLUE_DIR=...]
 # make test    the test suite;  make test-slow  the longer proofs;  make lint  ruff
-# make plots   every plot of runs/;  make bench  kernels, training step and data preparation against peers
+# make plots   every plot of runs/ and results/;  make bench  kernels, training step and data preparation against peers
 
 SOURCE ?= docstrings
 MINUTES ?= 2
@@ -73,9 +73,12 @@ lint: .venv/installed
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 
+# a figure whose data is not there yet says so and is left out
 plots: .venv/installed
-	$(PY) plots.py loss runs/* --out plots/loss.png
-	-$(PY) plots.py pareto runs/* --out plots/pareto.png
+	@for figure in loss masking throughput glue; do $(PY) plots.py $$figure runs/* || true; done
+	@$(PY) plots.py pareto runs/* results/* || true
+	@$(PY) plots.py ablation results/* || true
+	@$(PY) plots.py kernels results/* || true
 
 bench: .venv/installed
 	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(PY) bench.py kernels; \

@@ -134,24 +134,27 @@ def evaluate(
 
 
 def draw(records: list[dict], path: Path) -> None:
-    """Left: loss against the window's length, a line a run. Right: by position in the window, how much lower the loss
-    is than that of the same tokens in the shortest window. Position alone would show which tokens are hard, not why."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    """Left: loss against the window's length, a line a run. Middle: by position in the window. Right: how much lower
+    there than that of the same tokens in the shortest window; position alone shows which tokens are hard, not why."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     for record, marker in zip(records, "osD^vP*X" * len(records)):
         rows = record["lengths"]
         (line,) = left.plot([r["length"] for r in rows], [r["loss"] for r in rows], marker=marker, label=record["run"])
-        for row, style in zip(rows[1:], [":", "--", "-"] * len(rows)):
-            middle = [(b["from"] * b["to"]) ** 0.5 for b in row["by_position"]]
-            gains = [b["gain"] for b in row["by_position"]]
+        for row, style in zip(rows, ["-.", ":", "--", "-"] * len(rows)):
+            place = [(b["from"] * b["to"]) ** 0.5 for b in row["by_position"]]
             name = f"{record['run']}, {row['length']:,}" if len(records) > 1 else f"windows of {row['length']:,}"
-            right.plot(middle, gains, style, color=line.get_color(), marker=marker, ms=4, label=name)
-        for axis in (left, right):
+            look = dict(color=line.get_color(), marker=marker, ms=4, label=name)
+            middle.plot(place, [b["loss"] for b in row["by_position"]], style, **look)
+            if row is not rows[0]:
+                right.plot(place, [b["gain"] for b in row["by_position"]], style, **look)
+        for axis in (left, middle, right):
             axis.axvline(record["seq_len"] or 0, color="0.7", lw=1, zorder=0)
     lengths = [row["length"] for row in records[0]["lengths"]]
     right.axhline(0, color="0.3", lw=0.8, zorder=0)
     left.set(xlabel="window (tokens); grey: trained at", ylabel="MLM loss of the same hidden tokens (nats)")
+    middle.set(xlabel="position in the window (tokens)", ylabel="MLM loss there (nats)")
     right.set(xlabel="position in the window (tokens)", ylabel=f"gain over windows of {lengths[0]:,} (nats)")
-    for axis in (left, right):
+    for axis in (left, middle, right):
         axis.set_xscale("log")
         axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
         axis.minorticks_off()
