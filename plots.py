@@ -525,7 +525,7 @@ def ablation(sweeps: Runs, out: Out = "plots/ablation.png", budget: float = 0.0)
     panels |= {f"{tasks[0] if len(tasks) == 1 else f'mean of {len(tasks)} tasks'} (points) — right is better": tasks
                for _ in tasks[:1]}  # fmt: skip
     style = styles({preset: preset.split("-")[0] for preset in presets})
-    size = 3.2 + 2.7 * len(panels), 1.8 + (0.2 + 0.16 * len(presets)) * len(variants)
+    size = 3.2 + 2.7 * len(panels), max(3.4, 1.8 + (0.2 + 0.16 * len(presets)) * len(variants))
     fig, axes = plt.subplots(1, len(panels), sharey=True, squeeze=False, figsize=size)
     counts = set()
     for ax, (label, metrics) in zip(axes[0], panels.items()):
@@ -550,7 +550,7 @@ def ablation(sweeps: Runs, out: Out = "plots/ablation.png", budget: float = 0.0)
     n = f"n = {' to '.join(map(str, sorted({min(counts), max(counts)})))}" if counts else "no seed in common"
     what = f"{budget:,.9g} {equal[rows[0]['equal']]} · on {listed(sorted({r['device'] for r in rows}))}"
     lines = [f"variant − preset as it is, paired by seed, {n} · {what}"]
-    lines += ["bars: 95 % confidence interval of each alone · filled marker: 0 is outside · no bar: one, or all alike"]
+    lines += ["bars: 95 % confidence interval of each alone · filled marker: 0 is outside · no bar: no spread"]
     handles = [plt.Line2D([], [], label=name, **{**look, "linestyle": ""}) for name, look in style.items()]
     finish(fig, out, "What each change does", lines, handles)
 
