@@ -18,12 +18,19 @@ OPTIONS = {"use_underscores": True, "config": (tyro.conf.FlagCreatePairsOff,)}  
 
 
 def read_command_line(
-    config: type[T], args: Sequence[str] | None = None, prog: str | None = None, about: str = ""
+    config: type[T],
+    args: Sequence[str] | None = None,
+    prog: str | None = None,
+    about: str = "",
+    positional: bool = False,
 ) -> T:
     """A `config` from the command line `args`, default sys.argv[1:]. Exits with code 2 and one line on stderr if it
-    does not fit. `prog` is what --help calls the script, `about` what it says above the flags."""
+    does not fit. `prog` is what --help calls the script, `about` what it says above the flags; `positional`: fields
+    without a default are given without their --name."""
+    bare = (tyro.conf.PositionalRequiredArgs,) * positional
+    options = OPTIONS | {"config": OPTIONS["config"] + bare}
     with one_line_refusals():
-        return tyro.cli(config, args=args, prog=prog, description=about or config.__doc__, **OPTIONS)
+        return tyro.cli(config, args=args, prog=prog, description=about or config.__doc__, **options)
 
 
 @contextmanager

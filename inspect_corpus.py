@@ -10,7 +10,6 @@ import sys
 
 import numpy as np
 import tiktoken
-import tyro
 
 from corpus import BadInput, Corpus, Tokenizer
 
@@ -58,7 +57,7 @@ def print_fertility(folder: str, others: tuple[str, ...]) -> None:
 
 @dataclasses.dataclass
 class Inspect:
-    folder: tyro.conf.Positional[str]  # a folder made by prepare_c4.py
+    folder: str  # a folder made by prepare_c4.py
     split: str = "train"  # train | val
     verify: bool = False  # read every file and check its sha256
     samples: int = 3  # documents to print

@@ -39,7 +39,6 @@ from itertools import count, islice, pairwise
 from pathlib import Path
 
 import numpy as np
-import tyro
 
 from corpus import (
     FORMAT,
@@ -53,7 +52,6 @@ from corpus import (
     valid_unicode,
     write_atomically,
 )
-from flags import read_command_line
 from inspect_corpus import CACHED, Inspect, inspect_folder, print_fertility
 from offline import n_dev_examples, write_word_order_task
 from sources import SUFFIXES, find_items, item_documents
@@ -238,7 +236,7 @@ def assemble(cfg: "Config", settings: dict) -> dict:
 @dataclasses.dataclass
 class Config:
     # docstrings | c4 | hub:owner/name[:config] | file, folder or glob of .jsonl(.gz|.zst) .parquet .txt
-    source: tyro.conf.Positional[str]
+    source: str
     out: str = ""  # folder to write; "" = data/<name of the source>
     vocab_size: int = 30528  # entries of the tokenizer with its 5 specials; a multiple of 64 suits tensor cores
     lowercase: bool = True  # --no_lowercase keeps capitals
@@ -453,11 +451,13 @@ def summarize(cfg: Config, meta: dict, seconds: float) -> None:
 
 
 def main() -> None:
+    from flags import read_command_line  # not needed by the workers, which import this file
+
     try:
         if sys.argv[1:2] == ["inspect"]:
-            inspect_folder(read_command_line(Inspect, sys.argv[2:], "prepare_c4.py inspect"))
+            inspect_folder(read_command_line(Inspect, sys.argv[2:], "prepare_c4.py inspect", positional=True))
         else:
-            prepare(read_command_line(Config, about=__doc__))
+            prepare(read_command_line(Config, about=__doc__, positional=True))
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command continues") from None
     except BadInput as e:

@@ -356,10 +356,10 @@ def test_a_run_learns_logs_and_leaves_checkpoints_others_can_read(corpus_dir, tm
     folder = tmp_path / "mosaic-tiny"
     assert "attention: reference" in done.stdout and "1 × cpu" in done.stdout
     train, evals = records(folder, "train"), records(folder, "eval")
-    assert sorted(train) == list(range(10, 61, 10)) and len(evals) == 20
+    assert sorted(train) == list(range(10, 61, 10)) and len(evals) == 10
     assert train[60]["loss"] < train[10]["loss"] - 0.3
-    assert evals[60]["loss"] < evals[3]["loss"] - 0.3
-    assert evals[60]["pseudo_perplexity"] < evals[3]["pseudo_perplexity"]
+    assert evals[60]["loss"] < evals[6]["loss"] - 0.2
+    assert evals[60]["pseudo_perplexity"] < evals[6]["pseudo_perplexity"]
     assert train[60]["tokens"] == 60 * 512 and train[60]["masking"] == 0.3
     assert train[60]["mfu"] is None and train[60]["dollars"] == 0
     assert train[60]["gpu_seconds"] == train[60]["train_seconds"] > train[10]["train_seconds"] > 0
