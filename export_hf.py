@@ -187,8 +187,8 @@ def fast_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     return fast
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
-    """tokenizer.json and tokenizer_config.json, what AutoTokenizer reads."""
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> str:
+    """tokenizer.json and tokenizer_config.json, what AutoTokenizer reads. Returns the name of its mask."""
     fast = fast_tokenizer(tokenizer)
     fast.no_truncation()
     fast.no_padding()
@@ -202,6 +202,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None
         **specials,
     }
     write_json(folder / "tokenizer_config.json", config)
+    return specials["mask_token"]
 
 
 # ----------------------------------------------------------------------------- weights and configuration
@@ -358,7 +359,9 @@ def run_facts(checkpoint: Path) -> dict:
     return facts | {"eval": evals[-1] if evals else None}
 
 
-def model_card(model: Pretrained, tokenizer: Tokenizer, source: str, facts: dict, max_length: int, bert: bool) -> str:
+def model_card(
+    model: Pretrained, tokenizer: Tokenizer, mask: str, source: str, facts: dict, max_length: int, bert: bool
+) -> str:
     """README.md of the exported folder: what it is, how it was made, how to use it, what it cannot do."""
     cfg, trust = model.cfg, "" if bert else ", trust_remote_code=True"
     end = HEADS[type(model)]
@@ -405,7 +408,7 @@ model = AutoModel{end}.from_pretrained("."{trust})"""
     return f"""---
 library_name: transformers
 pipeline_tag: {PIPELINES[type(model)]}
-mask_token: "{fast_tokenizer(tokenizer).id_to_token(tokenizer.mask_id)}"
+mask_token: "{mask}"
 tags: [encoder, {"bert" if bert else "mosaicbert, alibi, sentence-transformers"}]
 ---
 
@@ -460,11 +463,11 @@ def export(cfg: Config) -> Path:
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         (write_bert if cfg.bert else write_model)(model, tokenizer, unfinished)
-        write_tokenizer(tokenizer, unfinished, max_length)
+        mask = write_tokenizer(tokenizer, unfinished, max_length)
         if not tokenizer.hf:
             tokenizer.save(unfinished)  # as it was trained, for our own scripts
         write_sentence_transformer(model, unfinished, max_length)
-        card = model_card(model, tokenizer, cfg.run, facts, max_length, cfg.bert)
+        card = model_card(model, tokenizer, mask, cfg.run, facts, max_length, cfg.bert)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         if cfg.onnx:
             if model.cfg.position == "learned" and not cfg.bert:

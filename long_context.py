@@ -201,27 +201,19 @@ def measure(run: str, cfg: Config, texts: list[np.ndarray], available: int, voca
     }
 
 
-def main(args: list[str] | None = None) -> None:
-    """Command line; `args` replaces sys.argv[1:] in tests."""
-    cfg = read_command_line(Config, args)
-    try:
-        if not cfg.runs or not cfg.lengths or min(cfg.lengths) < 3 or cfg.documents < 1:
-            raise ValueError("give a run, --lengths of 3 or more, and --documents of 1 or more")
-        corpus = Corpus(cfg.data, cfg.split)
-        vocabulary = Tokenizer.load(corpus.tokenizer_dir).vocabulary
-        texts, available = long_documents(corpus, max(cfg.lengths) - 2, cfg.documents, cfg.join)
-        print(f"{cfg.data}: {available:,} texts of {len(texts[0]):,} tokens or more, {len(texts):,} taken")
-        records = [measure(run, cfg, texts, available, vocabulary) for run in cfg.runs]
-        if len({record["run"] for record in records}) < len(records):
-            raise ValueError(
-                "two of these are of one run, and their files would have one name; measure them one by one"
-            )
-        out = Path(cfg.out)
-        out.mkdir(parents=True, exist_ok=True)
-    except ValueError as e:
-        raise SystemExit(f"error: {e}") from None
-    except OSError as e:
-        raise SystemExit(f"error: {e.filename}: {e.strerror}") from None
+def measure_runs(cfg: Config) -> None:
+    """Measure every run, then write the records and the figure. ValueError (one line) for what does not fit."""
+    if not cfg.runs or not cfg.lengths or min(cfg.lengths) < 3 or cfg.documents < 1:
+        raise ValueError("give a run, --lengths of 3 or more, and --documents of 1 or more")
+    corpus = Corpus(cfg.data, cfg.split)
+    vocabulary = Tokenizer.load(corpus.tokenizer_dir).vocabulary
+    texts, available = long_documents(corpus, max(cfg.lengths) - 2, cfg.documents, cfg.join)
+    print(f"{cfg.data}: {available:,} texts of {len(texts[0]):,} tokens or more, {len(texts):,} taken")
+    records = [measure(run, cfg, texts, available, vocabulary) for run in cfg.runs]
+    if len({record["run"] for record in records}) < len(records):
+        raise ValueError("two of these are of one run, and their files would have one name; measure them one by one")
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
     for record in records:
         path = out / f"long-context-{record['run']}.json"
         write_atomically(path, to_json(record))
@@ -232,6 +224,17 @@ def main(args: list[str] | None = None) -> None:
     figure = out / ("long-context.png" if len(records) > 1 else f"long-context-{records[0]['run']}.png")
     draw(records, figure)
     print(f"\nwrote {figure}")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Command line; `args` replaces sys.argv[1:] in tests."""
+    cfg = read_command_line(Config, args)
+    try:
+        measure_runs(cfg)
+    except ValueError as e:
+        raise SystemExit(f"error: {e}") from None
+    except OSError as e:
+        raise SystemExit(f"error: {e.filename}: {e.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -83,8 +83,9 @@ def failure(error: Exception) -> str:
 
 def write_report(mode: str, body: dict, out: str = "") -> Path:
     """Write `body` under a header (device, versions, revision, command, time) as JSON, whole or not at all; where to:
-    `out`, or results/<mode>-<device>.json. Returns the path. The last line of each bench_<mode>.py's run(cfg):
-    print(f"wrote {write_report('step', body, cfg.out)}"). SystemExit, one line, if it cannot be written."""
+    `out`, or results/<mode>-<device>.json. Returns the path. Each bench_<mode>.py's run(cfg) calls it at its end, or
+    whenever a part is done: print(f"wrote {write_report('step', body, cfg.out)}"). SystemExit, one line, if it
+    cannot be written."""
     header = {
         "device": device_name(),
         "torch": torch.__version__,

@@ -108,6 +108,7 @@ def file_documents(path: str, key: str) -> Iterator["str | BadInput"]:
         yield BadInput(f"{path} is damaged or cut short ({e})")
 
 
+@functools.cache  # once it has answered
 def ask_hub(path: str) -> None:
     """OSError, within seconds, when the hub cannot be asked about a dataset: its own libraries retry for minutes."""
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() not in ("", "0", "FALSE", "NO", "OFF"):

@@ -231,7 +231,7 @@ def make_jobs(cfg: Config, arms: list[Arm], speeds: dict[str, dict]) -> list[Job
             for i, flags in enumerate(cfg.finetune, 1):
                 command = [sys.executable, str(HERE / "finetune_glue.py"), str(run), *shlex.split(flags)]
                 tuning = f"{name}-finetune" + (f"-{i}" if i > 1 else "")
-                jobs.append(Job(tuning, command, run, arm, seed, budget, after=jobs[-1].name if i > 1 else name))
+                jobs.append(Job(tuning, command, run, arm, seed, budget, after=jobs[-1].name))
     return jobs
 
 
@@ -381,7 +381,7 @@ def work(jobs: list[Job], state: Path, started: float) -> dict[str, str]:
 def collect(cfg: Config, jobs: list[Job]) -> list[dict]:
     """A row for each finished run and metric. value: loss in nats per masked token of held-out text; accuracy and
     the tasks fine-tuned as asked for now, as shares of 1, the mean of `values`, one for each fine-tuning seed."""
-    rows = []
+    rows, asked = [], {shlex.join(["finetune_glue.py", *job.command[2:]]) for job in jobs if not job.tokens}
     for job in [job for job in jobs if job.tokens]:
         done, log = progress(job.run), read_log(job.run / "log.jsonl")
         header = next((r for r in reversed(log) if r.get("type") == "header"), {})
@@ -394,9 +394,8 @@ def collect(cfg: Config, jobs: list[Job]) -> list[dict]:
         row |= {k: header.get(k) for k in ("family", "device", "world_size", "n_params", "revision", "command")}
         row["flops"] = header["flops_per_token"] * done["tokens"]
         rows += [row | {"metric": m, "value": held_out[-1][m]} for m in ("loss", "accuracy")]
-        tuned_by = {shlex.join(["finetune_glue.py", str(job.run), *shlex.split(flags)]) for flags in cfg.finetune}
-        for path in sorted(job.run.glob("glue/*.jsonl")) if cfg.finetune else ():
-            found = [r for r in read_jsonl(path)[0] if r["step"] == done["step"] and r.get("command") in tuned_by]
+        for path in sorted(job.run.glob("glue/*.jsonl")) if asked else ():
+            found = [r for r in read_jsonl(path)[0] if r["step"] == done["step"] and r.get("command") in asked]
             if last := {r["seed"]: r for r in found}:
                 scores, one = [r["score"] for r in last.values()], next(iter(last.values()))
                 more = {"majority": one.get("majority"), "measures": list(one.get("metrics", {}))}
@@ -435,13 +434,14 @@ def sweep(cfg: Config) -> int:
     arms, state = make_arms(cfg), Path(cfg.out, cfg.name, ".jobs")
     for flags in cfg.finetune:
         read_command_line(finetune_glue.Config, ["run", *words_of(flags, "--finetune")])  # refuses what is misspelt
+    now = json.loads(json.dumps({k: getattr(cfg, k) for k in FIXED}))
+    if cfg.equal == "time":
+        now["first preset"] = cfg.presets[0]
+    if cfg.equal == "tokens":  # the same for all arms: whole steps of each; what cannot be is refused here
+        now["tokens"] = [*tokens_of_budgets(cfg, arms, {})[arms[0].name].values()]
     state.mkdir(parents=True, exist_ok=True)
     with claim(state / "sweep.lock", wait=True):
-        old, now = read_json(state / "sweep.json"), json.loads(json.dumps({k: getattr(cfg, k) for k in FIXED}))
-        if cfg.equal == "time":
-            now["first preset"] = cfg.presets[0]
-        if cfg.equal == "tokens":  # the same for all arms: whole steps of each
-            now["tokens"] = [*tokens_of_budgets(cfg, arms, {})[arms[0].name].values()]
+        old = read_json(state / "sweep.json")
         if differ := "; ".join(f"{'--' * (k in FIXED)}{k} {v} -> {now[k]}" for k, v in old.items() if now.get(k) != v):
             raise SystemExit(f"error: {state.parent} holds a sweep with {differ}; give this one another --name")
         if not cfg.dry_run:
