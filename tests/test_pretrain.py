@@ -349,17 +349,18 @@ def test_the_batch_ramp_grows_in_equal_steps_up_to_batch_tokens():
 
 def test_a_run_learns_logs_and_leaves_checkpoints_others_can_read(corpus_dir, tmp_path):
     """From the shell, as a user does it."""
-    argv = command(corpus_dir, tmp_path, f"{FAST} --max_steps 60 --lr 1e-2 --log_every 10 --checkpoint_every 0.5")
+    flags = f"{FAST} --max_steps 60 --lr 1e-2 --log_every 10 --eval_every 0.05 --checkpoint_every 0.5"
+    argv = command(corpus_dir, tmp_path, flags)
     shell = dict(cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
     done = subprocess.run([sys.executable, *argv], **shell)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "mosaic-tiny"
     assert "attention: reference" in done.stdout and "1 × cpu" in done.stdout
     train, evals = records(folder, "train"), records(folder, "eval")
-    assert sorted(train) == list(range(10, 61, 10)) and len(evals) == 10
+    assert sorted(train) == list(range(10, 61, 10)) and len(evals) == 20
     assert train[60]["loss"] < train[10]["loss"] - 0.3
-    assert evals[60]["loss"] < evals[6]["loss"] - 0.2
-    assert evals[60]["pseudo_perplexity"] < evals[6]["pseudo_perplexity"]
+    assert evals[60]["loss"] < evals[3]["loss"] - 0.3
+    assert evals[60]["pseudo_perplexity"] < evals[3]["pseudo_perplexity"]
     assert train[60]["tokens"] == 60 * 512 and train[60]["masking"] == 0.3
     assert train[60]["mfu"] is None and train[60]["dollars"] == 0
     assert train[60]["gpu_seconds"] == train[60]["train_seconds"] > train[10]["train_seconds"] > 0
@@ -379,7 +380,7 @@ def test_a_run_learns_logs_and_leaves_checkpoints_others_can_read(corpus_dir, tm
     assert progress["finished"] and progress["step"] == 60 and progress["tokens"] == 60 * 512
     assert (last / "tokenizer.tiktoken").read_bytes() == (corpus_dir / "tokenizer.tiktoken").read_bytes()
     assert load_file(last / "model.safetensors")["encoder.embeddings.word.weight"].shape == (832, 32)
-    again = run(corpus_dir, tmp_path, f"{FAST} --max_steps 60 --lr 1e-2 --log_every 10 --checkpoint_every 0.5")
+    again = run(corpus_dir, tmp_path, flags)
     assert "is finished" in again
     other = run(corpus_dir, tmp_path, f"{FAST} --max_steps 60 --lr 1e-3", code=1)
     assert other.strip().count("\n") == 0 and "lr 0.01 -> 0.001" in other and "--name" in other
