@@ -98,14 +98,16 @@ class Encoded:
     first: np.ndarray  # (n,) int64: its tokens of type 0, [CLS] a [SEP]
 
     def batch(self, index: np.ndarray, device: torch.device) -> dict[str, Any]:
-        """Examples `index` (B,) as a flat batch: arguments of SequenceClassifier, T = the sum of their lengths."""
+        """Examples `index` (B,) as a flat batch: arguments of SequenceClassifier. T is the sum of their lengths, up to
+        a multiple of 64 filled with rows of no example: a CPU makes its matmul code anew for every T it meets."""
         lengths = self.starts[index + 1] - self.starts[index]
         cu_seqlens = np.concatenate([[0], lengths.cumsum()])
         place = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)  # (T,) within the example
         ids = self.ids[np.repeat(self.starts[index], lengths) + place]
         types = place >= np.repeat(self.first[index], lengths)
 
-        arrays = ids.astype(np.int64), types.astype(np.int64), cu_seqlens.astype(np.int32)
+        rest = (0, -len(ids) % 64)
+        arrays = np.pad(ids, rest).astype(np.int64), np.pad(types, rest).astype(np.int64), cu_seqlens.astype(np.int32)
         ids, types, cu_seqlens = (send(array, device) for array in arrays)
         return dict(input_ids=ids, token_type_ids=types, cu_seqlens=cu_seqlens, max_seqlen=int(lengths.max()))
 

@@ -66,12 +66,12 @@ class HFClassifier(nn.Module):
         self.model.compile(**how)
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """Flat (T,) ids -> logits (B, n_labels)."""
+        """Flat (T,) ids, those behind the last document ignored -> logits (B, n_labels)."""
         lengths = cu_seqlens.diff().long()
         real = torch.arange(max_seqlen, device=lengths.device) < lengths[:, None]  # (B, S)
         padded = real.new_zeros((2, *real.shape), dtype=torch.long)
         padded[0] = self.model.config.pad_token_id or 0
-        padded[:, real] = torch.stack([input_ids, token_type_ids])
+        padded[:, real] = torch.stack([input_ids, token_type_ids])[:, : cu_seqlens[-1]]
         types = {"token_type_ids": padded[1]} if self.typed else {}
         return self.model(input_ids=padded[0], attention_mask=real.long(), **types).logits
 

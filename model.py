@@ -204,7 +204,8 @@ class Embeddings(nn.Module):
         if self.position is not None:
             place = torch.arange(len(input_ids), device=input_ids.device)
             document = torch.searchsorted(cu_seqlens[1:], place, right=True)  # (T,) which document a token is in
-            x = x + self.position(place - cu_seqlens[document])
+            place = place - cu_seqlens[document]
+            x = x + self.position(place.clamp(max=self.position.num_embeddings - 1))  # rows behind the last document
         return self.dropout(self.norm(x))
 
 
@@ -381,10 +382,10 @@ class Encoder(Pretrained):
     ) -> Tensor:
         """The training path. Padding does not exist here.
 
-        input_ids (T,) int64 · cu_seqlens (B+1,) int32, from 0 to T, repeats allowed (empty documents) ·
+        input_ids (T,) int64 · cu_seqlens (B+1,) int32, from 0 to at most T, repeats allowed (empty documents) ·
         max_seqlen: no document is longer · token_type_ids (T,), default all 0 · tiles: kernels.attention_tiles, the
         work list of the Triton kernels, optional · rows (R,) int64: the rows wanted.
-        Returns (T, d), or (R, d) with `rows`.
+        Returns (T, d), or (R, d) with `rows`. Rows behind the last document touch no other and mean nothing.
         """
         if self.cfg.position == "learned" and max_seqlen > self.cfg.max_positions:
             raise ValueError(

@@ -355,6 +355,8 @@ def test_flat_batches_equal_padded_ones(tokenizer):
     batch = data.batch(index, torch.device("cpu"))
     assert batch["input_ids"].dtype == torch.int64
     assert batch["cu_seqlens"].dtype == torch.int32
+    assert batch["cu_seqlens"][-1] < len(batch["input_ids"]) == len(batch["token_type_ids"])  # rows of no example
+    assert len(batch["input_ids"]) % 64 == 0
     ids, mask, types = (torch.zeros(4, 20, dtype=torch.long) for _ in range(3))
     for row, i in enumerate(index):
         example = data.ids[data.starts[i] : data.starts[i + 1]]
@@ -493,9 +495,9 @@ def test_examples_are_shuffled_anew_every_epoch_and_each_is_seen_once():
     seen = []
 
     class Spy(torch.nn.Linear):
-        def forward(self, input_ids, **_):
-            seen.append(input_ids.tolist())
-            return self.weight.expand(len(input_ids), 1)
+        def forward(self, input_ids, cu_seqlens, **_):
+            seen.append(input_ids[: cu_seqlens[-1]].tolist())
+            return self.weight.expand(len(cu_seqlens) - 1, 1)
 
     data = finetune_glue.Encoded(np.arange(10, dtype=np.int32), np.arange(11), np.ones(10, dtype=int))
     recipe = glue.Recipe(lr=0.0, weight_decay=0.0, epochs=2, batch_size=4)
