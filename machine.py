@@ -41,8 +41,8 @@ def pick_device(kind: str, local_rank: int = 0) -> torch.device:
         raise ValueError("--device cuda: torch sees no CUDA device")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device mps: torch sees no MPS device")
-    if kind == "cpu":  # no two batches have the same shapes, and a compiled matmul for each of 1,024 shapes fills 3 GB
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+    if kind == "cpu":  # a step needs some 60 compiled matmuls, most batches new ones; oneDNN's 1,024 fill 3 GB
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     if kind == "cuda":
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
         return torch.device("cuda", torch.cuda.current_device())
