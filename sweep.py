@@ -40,7 +40,7 @@ import finetune_glue
 from corpus import to_json, write_atomically
 from flags import one_line_refusals, read_command_line
 from leaderboard import leaderboard, short
-from recipes import TrainConfig, check_config, make_presets
+from recipes import TrainConfig, check_config, make_presets, masking_rate
 from records import read_jsonl
 
 try:
@@ -302,7 +302,9 @@ def call(command: list[str], output: Path, lock: IO) -> str:
 
 def measure_speeds(cfg: Config, arms: list[Arm], state: Path, started: float) -> dict[str, dict]:
     """{arm: tok_per_s of each round, ratio to the first arm's, flops_per_token ..., or error}. Arms not timed before
-    run a few steps, in turns with the first; five rounds where the speeds decide how long the runs are, else one."""
+    run a few steps, in turns with the first; five rounds where the speeds decide how long the runs are, else one. They
+    hide the mean share of a run: where it falls, it would fall faster here, and each step would be a shape of its own.
+    """
     path, rounds, steps = state / "speed.json", 5 if cfg.equal == "time" else 1, cfg.timing_steps
     few = ["--log_every", str(max(1, steps // 6)), "--checkpoint_every", "0.99", "--eval_every", "0.99"]
     few += ["--max_steps", str(steps), "--pppl_tokens", "0"]
@@ -320,7 +322,8 @@ def measure_speeds(cfg: Config, arms: list[Arm], state: Path, started: float) ->
             run = state / "timing" / f"{arm.name}-{i}"
             shutil.rmtree(run, ignore_errors=True)
             command = [*pretrain(arm, run), *data_flags(cfg), *arm.words, *few]
-            command += ["--eval_tokens", str(max(8192, arm.cfg.seq_len))]
+            share = mean(masking_rate(arm.cfg.masking, i / 1000) for i in range(1001))
+            command += ["--eval_tokens", str(max(8192, arm.cfg.seq_len)), "--masking", f"constant:{share:.4f}"]
             error, log = call(command, state / f"timing-{arm.name}.log", lock), read_log(run / "log.jsonl")
             speeds = [r["tok_per_s"] for r in log if r.get("type") == "train"][1:]  # the first has the start in it
             if error or not speeds:

@@ -29,6 +29,7 @@ class TrainConfig:
     batch_tokens: int = 100
     cooldown: float = 0.2
     schedule: str = "linear"
+    masking: str = "constant:0.3"
     ramp_from: int = 0
     seq_len: int = 128
     max_tokens: int = 0
@@ -47,6 +48,9 @@ def make_presets():
     return {"mosaic-tiny": ("", TrainConfig()), "bert-tiny": ("", TrainConfig())}
 def check_config(cfg, world_size):
     pass
+def masking_rate(spec, done):
+    p, q = map(float, (spec.split(":") * 2)[1:3]) if spec.startswith("linear") else [float(spec[9:])] * 2
+    return p + (q - p) * done
 """
 PRETRAIN = """
 import json, os, sys, time, tyro
@@ -55,6 +59,9 @@ from recipes import make_presets
 preset, cfg = sys.argv[1], tyro.extras.overridable_config_cli(make_presets(), use_underscores=True)
 run = Path(cfg.out, cfg.name)
 timing = cfg.max_steps > 0
+if timing:
+    with open("timed", "a") as f:
+        f.write(f"{cfg.name} {cfg.masking}\\n")
 if not timing:
     with open("calls", "a") as f:
         f.write(f"{cfg.name} {os.environ.get('CUDA_VISIBLE_DEVICES')} {os.environ.get('RANK')}\\n")
@@ -202,6 +209,13 @@ def test_equal_flops_and_equal_time_scale_the_tokens_by_what_was_measured(stand_
     }
     (_, fast) = rows(stand_ins, "speed", "time")
     assert fast["arm"] == "bert-tiny" and fast["ratio"] == 2.0 and fast["tok_per_s"] == [2000.0] * 5
+
+
+def test_a_falling_masking_rate_is_timed_at_its_mean(stand_ins):
+    vary = ["--vary", "falling:masking=linear:0.3:0.1"]
+    run(stand_ins, "mosaic-tiny", "--seeds", 1, "--budgets", 2e4, *vary, "--dry_run")
+    timed = (stand_ins / "timed").read_text().splitlines()
+    assert timed == ["mosaic-tiny-0 constant:0.3000", "mosaic-tiny+falling-0 constant:0.2000"]
 
 
 def test_a_dry_run_prints_the_jobs_and_their_time_and_runs_none(stand_ins):
