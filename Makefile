@@ -77,7 +77,8 @@ lint: .venv/installed
 plots: .venv/installed
 	@for figure in loss masking throughput glue; do $(PY) plots.py $$figure runs/* || true; done
 	@$(PY) plots.py pareto runs/* results/* || true
-	@$(PY) plots.py ablation results/* || true
+	@for sweep in results/*/records.jsonl; do \
+		$(PY) plots.py ablation $$sweep --out plots/$$(basename $$(dirname $$sweep)).png || true; done
 	@$(PY) plots.py kernels results/* || true
 
 bench: .venv/installed

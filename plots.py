@@ -501,7 +501,8 @@ def kernels(reports: Runs, out: Out = "plots/kernels.png") -> None:
 
 def ablation(sweeps: Runs, out: Out = "plots/ablation.png", budget: float = 0.0) -> None:
     """What each variant of a sweep changes, against its preset as it is: the mean difference over the seeds that both
-    have, and the 95 % confidence interval of a paired t-test. From sweep.py's results/<name>/records.jsonl.
+    have, and the 95 % confidence interval of a paired t-test. From sweep.py's results/<name>/records.jsonl; sweeps at
+    equal tokens, FLOPs and time get panels of their own.
 
     Args:
         budget: as given to sweep.py; the largest one by default.
@@ -517,20 +518,23 @@ def ablation(sweeps: Runs, out: Out = "plots/ablation.png", budget: float = 0.0)
         raise SystemExit(f"error: no variant ran with that budget; --budget is one of {listed(budgets, 9)}")
     rows, values = [r for r in rows if r["budget"] == budget], defaultdict(dict)
     for r in rows:
-        values[r["preset"], r["variant"], r["metric"]][r["seed"]] = r["value"] * (1 if r["metric"] == "loss" else 100)
-    tasks = sorted({metric for _, _, metric in values} - {"loss", "accuracy"})
+        scale = 1 if r["metric"] == "loss" else 100
+        values[r["equal"], r["preset"], r["variant"], r["metric"]][r["seed"]] = r["value"] * scale
     presets = list(dict.fromkeys(r["preset"] for r in rows))
     variants = list(dict.fromkeys(r["variant"] for r in rows if r["variant"]))
-    panels = {"held-out loss (nats) — left is better": ["loss"]}
-    panels |= {f"{tasks[0] if len(tasks) == 1 else f'mean of {len(tasks)} tasks'} (points) — right is better": tasks
-               for _ in tasks[:1]}  # fmt: skip
+    panels = {}  # (what is equal, label) -> metrics
+    for equal in dict.fromkeys(r["equal"] for r in rows):
+        panels[equal, "held-out loss (nats) — left is better"] = ["loss"]
+        if tasks := sorted({metric for kind, _, _, metric in values if kind == equal} - {"loss", "accuracy"}):
+            name = tasks[0] if len(tasks) == 1 else f"mean of {len(tasks)} tasks"
+            panels[equal, f"{name} (points) — right is better"] = tasks
     style = styles({preset: preset.split("-")[0] for preset in presets})
     size = 3.2 + 2.7 * len(panels), max(3.4, 1.8 + (0.2 + 0.16 * len(presets)) * len(variants))
     fig, axes = plt.subplots(1, len(panels), sharey=True, squeeze=False, figsize=size)
     counts = set()
-    for ax, (label, metrics) in zip(axes[0], panels.items()):
+    for ax, ((equal, label), metrics) in zip(axes[0], panels.items()):
         for (i, preset), (j, variant) in itertools.product(enumerate(presets), enumerate(variants)):
-            pairs = [(values[preset, variant, m], values[preset, "", m]) for m in metrics]
+            pairs = [(values[equal, preset, variant, m], values[equal, preset, "", m]) for m in metrics]
             seeds = set.intersection(*[x.keys() & y.keys() for x, y in pairs])
             gains = [float(np.mean([x[seed] - y[seed] for x, y in pairs])) for seed in seeds]
             if gains:
@@ -542,13 +546,18 @@ def ablation(sweeps: Runs, out: Out = "plots/ablation.png", budget: float = 0.0)
                 ax.errorbar(np.mean(gains), at, xerr=half, **look)
                 counts.add(len(gains))
         ax.axvline(0, color="0.3", lw=1, zorder=1)
-        ax.set_xlabel(label)
+        ax.set_xlabel(f"{label}\nat equal {dict(flops='FLOPs').get(equal, equal)}")
         ax.grid(axis="y", visible=False)
     axes[0, 0].set_yticks(range(len(variants)), variants)
     axes[0, 0].set_ylim(len(variants) - 0.5, -0.5)
-    equal = {"tokens": "tokens", "flops": "training FLOPs", "time": "tokens of the first preset and its time"}
+    unit = {
+        "tokens": "tokens",
+        "flops": "training FLOPs",
+        "time": "tokens of the first preset, its time for the others",
+    }
     n = f"n = {' to '.join(map(str, sorted({min(counts), max(counts)})))}" if counts else "no seed in common"
-    what = f"{budget:,.9g} {equal[rows[0]['equal']]} · on {listed(sorted({r['device'] for r in rows}))}"
+    lengths = [f"{budget:,.9g} {unit[equal]}" for equal in dict.fromkeys(equal for equal, _ in panels)]
+    what = f"{listed(lengths)} · on {listed(sorted({r['device'] for r in rows}))}"
     lines = [f"variant − preset as it is, paired by seed, {n} · {what}"]
     lines += ["bars: 95 % confidence interval of each alone · filled marker: 0 is outside · no bar: no spread"]
     handles = [plt.Line2D([], [], label=name, **{**look, "linestyle": ""}) for name, look in style.items()]

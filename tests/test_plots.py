@@ -484,6 +484,17 @@ def test_ablation_is_the_paired_difference_with_its_confidence_interval(tmp_path
     assert "10,000 tokens" in texts_of(fig)
 
 
+def test_sweeps_at_equal_tokens_and_at_equal_time_are_drawn_apart(tmp_path, monkeypatch):
+    at_tokens, at_time = make_sweep(tmp_path / "tokens"), make_sweep(tmp_path / "time", variants=("", "wide", "adamw"))
+    records = Path(at_time, "records.jsonl")
+    records.write_text(records.read_text().replace('"equal": "tokens"', '"equal": "time"'))
+    fig = drawn(monkeypatch, plots.ablation, (at_tokens, at_time), out=str(tmp_path / "p.png"))
+    assert [ax.get_xlabel().split("\n")[1] for ax in fig.axes] == ["at equal tokens"] * 2 + ["at equal time"] * 2
+    for ax, gains in zip(fig.axes, ([-0.12, -0.24], [1.2, 2.4], [-0.24, -0.12], [2.4, 1.2])):  # rows: adamw, wide
+        assert [round(c.lines[0].get_xdata()[0], 6) for c in ax.containers[:2]] == gains
+    assert "20,000 tokens of the first preset, its time for the others" in texts_of(fig)
+
+
 def test_an_effect_that_may_be_chance_has_a_hollow_marker_and_one_seed_no_bar(tmp_path, monkeypatch):
     folder = tmp_path / "s"
     folder.mkdir()
