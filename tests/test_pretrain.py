@@ -252,7 +252,7 @@ def foreign_corpus(tmp_path_factory):
 
 
 STEM = f"{FAST} --micro_tokens 256 --optimizer adamw --lr 1e-2 --max_steps 50 --checkpoint_every 10 --eval_every 50"
-STEM += " --pppl_tokens 256"
+STEM += " --pppl_tokens 256 --masking linear:0.3:0.15"
 
 
 @pytest.fixture(scope="module")
@@ -721,7 +721,7 @@ def test_a_branch_may_differ_in_any_other_setting(stem, other_corpus, tmp_path, 
 
 
 def test_a_branch_of_a_run_with_a_time_budget(corpus_dir, tmp_path, here):
-    args = f"{FAST} --max_minutes 0.03 --checkpoint_every 0.5 --eval_every 0.5"
+    args = f"{FAST} --max_minutes 0.03 --checkpoint_every 0.5 --eval_every 0.5 --masking linear:0.3:0.15"
     here(command(corpus_dir, tmp_path, args, preset="nano-tiny"))
     first = pretrain.find_checkpoints(tmp_path / "nano-tiny")[0]
     there = json.loads((first / "progress.json").read_text())
