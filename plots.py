@@ -522,8 +522,8 @@ def ablation(sweeps: Runs, out: Out = "plots/ablation.png", budget: float = 0.0)
         values[r["equal"], r["preset"], r["variant"], r["metric"]][r["seed"]] = r["value"] * scale
     presets = list(dict.fromkeys(r["preset"] for r in rows))
     variants = list(dict.fromkeys(r["variant"] for r in rows if r["variant"]))
-    panels = {}  # (what is equal, label) -> metrics
-    for equal in dict.fromkeys(r["equal"] for r in rows):
+    kinds, panels = list(dict.fromkeys(r["equal"] for r in rows)), {}  # panels: (what is equal, label) -> metrics
+    for equal in kinds:
         panels[equal, "held-out loss (nats) — left is better"] = ["loss"]
         if tasks := sorted({metric for kind, _, _, metric in values if kind == equal} - {"loss", "accuracy"}):
             name = tasks[0] if len(tasks) == 1 else f"mean of {len(tasks)} tasks"
@@ -556,8 +556,8 @@ def ablation(sweeps: Runs, out: Out = "plots/ablation.png", budget: float = 0.0)
         "time": "tokens of the first preset, its time for the others",
     }
     n = f"n = {' to '.join(map(str, sorted({min(counts), max(counts)})))}" if counts else "no seed in common"
-    lengths = [f"{budget:,.9g} {unit[equal]}" for equal in dict.fromkeys(equal for equal, _ in panels)]
-    what = f"{listed(lengths)} · on {listed(sorted({r['device'] for r in rows}))}"
+    lengths = listed([f"{budget:,.9g} {unit[equal]}" for equal in kinds])
+    what = f"{lengths} · on {listed(sorted({r['device'] for r in rows}))}"
     lines = [f"variant − preset as it is, paired by seed, {n} · {what}"]
     lines += ["bars: 95 % confidence interval of each alone · filled marker: 0 is outside · no bar: no spread"]
     handles = [plt.Line2D([], [], label=name, **{**look, "linestyle": ""}) for name, look in style.items()]

@@ -315,7 +315,8 @@ def test_paper_recipes():
     for name, (_, cfg) in presets.items():
         family, size = name.split("-")
         assert size in ("tiny", "small") or cfg.batch_tokens == 4_096 * 128
-        assert cfg.masking == {"mosaic": "constant:0.3", "bert": "constant:0.15"}.get(family, cfg.masking)
+        ours = "constant:0.4" if size in ("tiny", "small") else "linear:0.3:0.15"
+        assert cfg.masking == {"mosaic": "constant:0.3", "bert": "constant:0.15", "nano": ours}[family]
     base, large = presets["mosaic-base"][1], presets["mosaic-large"][1]
     assert (base.lr, base.betas, base.eps, base.warmup, base.final_lr) == (5e-4, (0.9, 0.98), 1e-6, 0.06, 0.02)
     assert {c.optimizer for n, (_, c) in presets.items() if n.endswith(("base", "large"))} == {"adamw", "muon"}
