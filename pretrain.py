@@ -58,6 +58,7 @@ from recipes import (
     learning_rate,
     make_presets,
     masking_rate,
+    mean_masking_rate,
     read_mixture,
     run_config,
 )
@@ -309,7 +310,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         run=run.name, family=family, preset=preset, device=hardware, world_size=world, revision=git_revision()
     )
     n_params = model.n_params()
-    flops = flops_per_token(cfg.model, batches.effective_length(), masking_rate(cfg.masking, 0.5))
+    flops = flops_per_token(cfg.model, batches.effective_length(), mean_masking_rate(cfg.masking))
     peak = peak_tflops(hardware) if gpus else None
     log_file = board = None
     if rank == 0:

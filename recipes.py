@@ -12,6 +12,7 @@ import math
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Literal
 
 import tyro
@@ -267,6 +268,11 @@ def masking_rate(spec: str, done: float) -> float:
     if not (0.0 < p < 1.0 and 0.0 < q < 1.0):
         raise SystemExit(f"error: --masking {spec!r}: rates must be between 0 and 1")
     return p + (q - p) * min(share, 1.0)
+
+
+def mean_masking_rate(spec: str) -> float:
+    """Share of tokens hidden over a whole run: what its FLOPs and its speed depend on."""
+    return fmean(masking_rate(spec, i / 1000) for i in range(1001))
 
 
 @dataclass

@@ -40,7 +40,7 @@ import finetune_glue
 from corpus import to_json, write_atomically
 from flags import one_line_refusals, read_command_line
 from leaderboard import leaderboard, short
-from recipes import TrainConfig, check_config, make_presets, masking_rate
+from recipes import TrainConfig, check_config, make_presets, mean_masking_rate
 from records import read_jsonl
 
 try:
@@ -322,8 +322,8 @@ def measure_speeds(cfg: Config, arms: list[Arm], state: Path, started: float) ->
             run = state / "timing" / f"{arm.name}-{i}"
             shutil.rmtree(run, ignore_errors=True)
             command = [*pretrain(arm, run), *data_flags(cfg), *arm.words, *few]
-            share = mean(masking_rate(arm.cfg.masking, i / 1000) for i in range(1001))
-            command += ["--eval_tokens", str(max(8192, arm.cfg.seq_len)), "--masking", f"constant:{share:.4f}"]
+            command += ["--masking", f"constant:{mean_masking_rate(arm.cfg.masking):.4f}"]
+            command += ["--eval_tokens", str(max(8192, arm.cfg.seq_len))]
             error, log = call(command, state / f"timing-{arm.name}.log", lock), read_log(run / "log.jsonl")
             speeds = [r["tok_per_s"] for r in log if r.get("type") == "train"][1:]  # the first has the start in it
             if error or not speeds:

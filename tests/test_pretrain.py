@@ -29,7 +29,7 @@ import recipes
 from batches import Batches, count_masked, mask_tokens
 from corpus import Corpus, Tokenizer
 from model import EncoderConfig, MaskedLM
-from pretrain import TrainConfig, batch_at, learning_rate, masking_rate
+from pretrain import TrainConfig, batch_at, learning_rate, masking_rate, mean_masking_rate
 
 ROOT = Path(__file__).parents[1]
 SHAPE = "--model.n_layers 1 --model.d_model 32 --model.d_ff 64 --model.n_heads 2"
@@ -295,6 +295,14 @@ def curve(corpus_dir, tmp_path_factory):
 )
 def test_masking_schedules(spec, values):
     assert [masking_rate(spec, done) for done in (0.0, 0.25, 0.5, 1.0)] == pytest.approx(values)
+
+
+@pytest.mark.parametrize(
+    ("spec", "mean"),
+    [("constant:0.4", 0.4), ("linear:0.3:0.15", 0.225), ("cosine:0.3:0.15", 0.225), ("step:0.3:0.1@0.25", 0.15)],
+)
+def test_speed_and_flops_follow_the_mean_masking_rate_of_a_run(spec, mean):
+    assert mean_masking_rate(spec) == pytest.approx(mean, abs=2e-4)  # a step falls between two of a thousand points
 
 
 @pytest.mark.parametrize("spec", ["", "0.3", "constant", "linear:0.3", "step:0.3:0.15", "wave:0.1:0.2", "constant:1.5"])

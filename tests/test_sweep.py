@@ -48,9 +48,8 @@ def make_presets():
     return {"mosaic-tiny": ("", TrainConfig()), "bert-tiny": ("", TrainConfig())}
 def check_config(cfg, world_size):
     pass
-def masking_rate(spec, done):
-    p, q = map(float, (spec.split(":") * 2)[1:3]) if spec.startswith("linear") else [float(spec[9:])] * 2
-    return p + (q - p) * done
+def mean_masking_rate(spec):
+    return sum(map(float, (spec.split(":") * 2)[1:3])) / 2 if spec.startswith("linear") else float(spec[9:])
 """
 PRETRAIN = """
 import json, os, sys, time, tyro
