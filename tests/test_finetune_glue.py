@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import ttest_ind
 
 import finetune_glue
 import glue_tasks as glue
@@ -324,6 +325,27 @@ def test_both_averages_are_what_they_are_called():
     five = glue.table([r for r in rows if r["task"] in ("CoLA", "RTE")])
     assert "mean of 2 tasks" in five
     assert "8-task" not in five
+
+
+def test_the_table_says_what_pretraining_gained_over_random_weights():
+    scores = {"RTE": ([0.70, 0.74, 0.66], [0.52, 0.50, 0.54]), "CoLA": ([0.10, 0.12, 0.17], [0.10, 0.11])}
+    rows = [
+        dict(task=task, run="r", checkpoint=checkpoint, step=step, majority=0.5, official=True, score=score, history=[])
+        for task, both in scores.items()
+        for (checkpoint, step), some in zip([("ckpt/step_00000007", 7), ("random", 0)], both)
+        for score in some
+    ]
+    (row,) = [line for line in glue.table(rows).splitlines() if line.startswith("r step_00000007  ") and "(p " in line]
+    cells = re.findall(r"(\S+) ± (\S+) \(p (\S+)\)", row)
+    errors = [math.sqrt(sum(np.var(x, ddof=1) / len(x) for x in both)) * 100 for both in scores.values()]
+    p = {task: f"{ttest_ind(*both, equal_var=False).pvalue:.2g}" for task, both in scores.items()}
+    assert cells[0] == ("+2.5", f"{errors[1]:.1f}", p["CoLA"])
+    assert cells[1] == ("+18.0", f"{errors[0]:.1f}", p["RTE"])
+    assert cells[2][:2] == ("+10.2", f"{math.hypot(*errors) / 2:.1f}")  # (18 + 2.5) / 2; errors are independent
+    assert 0.001 < float(cells[2][2]) < 0.05
+    one_seed = [r for r in rows if r["task"] == "RTE" and r["score"] in (0.70, 0.52)]
+    assert glue.table(one_seed).splitlines()[5].split()[-1] == "+18.0"
+    assert "random weights" not in glue.table([r for r in rows if r["step"] == 7])
 
 
 # ----------------------------------------------------------------------------- flat batches
