@@ -86,6 +86,10 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
 
+# what the leaderboard takes; WNLI is left out of every average here, as in the paper
+SUBMISSION = ("CoLA", "SST-2", "MRPC", "STS-B", "MNLI-m", "MNLI-mm", "QNLI", "QQP", "RTE", "WNLI", "AX")
+
+
 # ----------------------------------------------------------------------------- flat batches
 
 
@@ -146,7 +150,7 @@ def train(model: nn.Module, data: Encoded, y: np.ndarray, recipe: Recipe, seed: 
 
     y (n,): int64 classes (cross entropy) or float32 values (MSE). AdamW(0.9, 0.98), 6 % linear warm-up then linear to
     0, decay on every parameter, all as upstream; unlike upstream the examples are shuffled, anew in every epoch, from
-    `seed`. ValueError when the loss is not finite.
+    `seed`, and not sorted by length: without padding that saves nothing. ValueError when the loss is not finite.
     """
     device = next(model.parameters()).device
     settings = dict(lr=recipe.lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=recipe.weight_decay)
@@ -220,6 +224,7 @@ class Start:
     run: str
     checkpoint: str  # "ckpt/step_00000100", "random", or the name of a foreign folder
     progress: dict[str, Any] = field(default_factory=dict)  # what pretraining has cost; empty for a foreign one
+    weights: str = ""  # tells these weights from others that were there under the same name
     hf: str = ""  # name for transformers, when it is to run the model
 
     @property
@@ -251,7 +256,6 @@ def find_starts(cfg: Config) -> list[Start]:
             name = f"ckpt/{folder.name}" if inside else folder.resolve().name
             progress = folder / "progress.json"
             progress = json.loads(progress.read_text()) if progress.is_file() else {}
-            starts.append(Start(folder, run / "glue", run.resolve().name, name, progress))
             try:
                 n = json.loads((folder / "config.json").read_text()).get("vocab_size")
             except ValueError:
@@ -260,16 +264,23 @@ def find_starts(cfg: Config) -> list[Start]:
             # ours state the exact size, official ones may have rounded it up to a multiple of 64 or 128
             if not n or not tokenizer.vocab_size <= n < tokenizer.vocab_size + 128:
                 raise ValueError(f"{folder}: the model has {n} tokens, the tokenizer there {tokenizer.vocab_size}")
+            shape = checksum([folder / "config.json"], zlib.crc32(tokenizer.vocabulary))
+            weights = checksum([folder / "progress.json"] if progress else weight_files(folder), shape)
+            starts.append(Start(folder, run / "glue", run.resolve().name, name, progress, f"{weights:08x}"))
         if cfg.from_scratch:
-            nothing = dict(step=0, tokens=0, train_seconds=0.0, gpu_seconds=0.0, dollars=0.0)
-            starts.append(replace(starts[-1], checkpoint="random", progress=starts[-1].progress | nothing))
+            starts.append(from_scratch(starts[-1], shape))
     for name in filter(None, cfg.hf.split(",")):
         from hf_encoder import HFTokenizer  # transformers takes seconds to import
 
-        HFTokenizer(name)  # refuses what cannot work before the first job
+        tokenizer = HFTokenizer(name)  # refuses what cannot work before the first job
         local = Path(name).is_dir()
         run = f"{Path(name).resolve().name if local else name.replace('/', '--')}-transformers"  # not our own BERT's
-        starts.append(Start(Path(name), (Path(name) if local else Path("runs", run)) / "glue", run, run, hf=name))
+        out = (Path(name) if local else Path("runs", run)) / "glue"
+        shape = checksum([Path(name, "config.json")] * local, zlib.crc32(tokenizer.vocabulary))
+        weights = checksum(weight_files(Path(name)), shape) if local else zlib.crc32(tokenizer.revision.encode(), shape)
+        starts.append(Start(Path(name), out, run, run, weights=f"{weights:08x}", hf=name))
+        if cfg.from_scratch:
+            starts.append(from_scratch(starts[-1], shape))
     if not starts:
         raise ValueError("give a run folder, or a folder with config.json and weights; --help shows everything")
     starts = list({(s.out.resolve(), s.run, s.checkpoint): s for s in starts}.values())  # named twice, run once
@@ -279,13 +290,36 @@ def find_starts(cfg: Config) -> list[Start]:
     return starts
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files with weights, sorted. ValueError for a folder without any."""
+    if not (files := sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])):
+        raise ValueError(f"{folder} has a config.json, but no weights (*.safetensors, pytorch_model.bin)")
+    return files
+
+
+def checksum(files: list[Path], start: int) -> int:
+    """crc32 of the files' bytes, going on from `start`."""
+    for path in files:
+        with open(path, "rb") as f:
+            while part := f.read(1 << 24):
+                start = zlib.crc32(part, start)
+    return start
+
+
+def from_scratch(start: Start, shape: int) -> Start:
+    """Random weights of the same shape: another start in the same folder, which has cost nothing."""
+    nothing = dict(step=0, tokens=0, train_seconds=0.0, gpu_seconds=0.0, dollars=0.0)
+    return replace(start, checkpoint="random", progress=start.progress | nothing, weights=f"{shape:08x}")
+
+
 def load_model(start: Start, weights: Path, n_labels: int, dropout: float | None, seed: int) -> nn.Module:
     """Classifier from the folder `weights` (the start's, or that of its MNLI model); its last layer is always new."""
     torch.manual_seed(seed)
     if start.hf:
         from hf_encoder import HFClassifier
 
-        model = HFClassifier(start.hf if weights == start.folder else str(weights), n_labels, dropout)
+        fresh = start.checkpoint == "random" and weights == start.folder
+        model = HFClassifier(start.hf if weights == start.folder else str(weights), n_labels, dropout, not fresh)
     else:
         kinds = ("embedding", "output", "mlp", "classifier") if dropout is not None else ()
         overrides = {f"{kind}_dropout": dropout for kind in kinds}
@@ -344,8 +378,8 @@ class Job:
 
 
 def identity(record: dict[str, Any]) -> str:
-    """What a result depends on. pretrain_seconds: a run pretrained anew under its old name is another start."""
-    names = ("task", "checkpoint", "seed", "data", "pretrain_seconds", "recipe")
+    """What a result depends on. weights: a run pretrained anew under its old name is another start."""
+    names = ("task", "checkpoint", "seed", "data", "weights", "recipe")
     return json.dumps({name: record.get(name) for name in names}, sort_keys=True)
 
 
@@ -393,7 +427,7 @@ def make_jobs(cfg: Config, starts: list[Start], data: dict[str, Data], about: di
         mnli = start.out / "mnli" / Path(start.checkpoint).name
         cost = start.progress
         after = maker(mnli)  # an earlier call may have made one, of these very weights
-        if cfg.no_mnli_start or f'"pretrain_seconds": {json.dumps(cost.get("train_seconds"))}' not in after:
+        if cfg.no_mnli_start or json.loads(after or "{}").get("weights") != start.weights:
             after = ""
         for name in sorted(data, key=lambda name: name != "MNLI"):
             d = data[name]
@@ -407,6 +441,7 @@ def make_jobs(cfg: Config, starts: list[Start], data: dict[str, Data], about: di
                 record = {
                     "type": "glue", "task": name, "run": start.run, "checkpoint": start.checkpoint, "seed": seed,
                     "step": cost.get("step", 0), "tokens": cost.get("tokens"), "recipe": settings, "data": d.digest,
+                    "weights": start.weights,
                     "pretrain_seconds": cost.get("train_seconds"), "pretrain_gpu_seconds": cost.get("gpu_seconds"),
                     "pretrain_dollars": cost.get("dollars"), "family": cost.get("family", "other"),
                     "preset": cost.get("preset", start.run), "majority": majorities[name], "official": d.official,
@@ -441,17 +476,25 @@ def outputs(cfg: Config, data: Data) -> dict[Path, Split]:
 def write_answers(path: Path, task: Task, logits: np.ndarray) -> None:
     """index <tab> prediction, as the leaderboard wants it: a label's name, or a number (STS-B's within 0 and 5)."""
     values = logits[:, 0].clip(0, 5) if task.name == "STS-B" else logits[:, 0]
-    answers = [f"{v:.3f}" for v in values] if task.regression else [task.labels[i] for i in logits.argmax(1)]
+    answers = (
+        [f"{v:.3f}" if task.name == "STS-B" else f"{v:.6g}" for v in values]
+        if task.regression
+        else [task.labels[i] for i in logits.argmax(1)]
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.tmp")
     unfinished.write_text("".join(f"{i}\t{a}\n" for i, a in [("index", "prediction"), *enumerate(answers)]))
     unfinished.replace(path)
 
 
-def run_job(job: Job, cfg: Config, device: torch.device, dtype: torch.dtype, cache: dict, show_bar: bool) -> None:
-    """Fine-tune, evaluate after every epoch, write the record. `cache` holds what has been tokenised."""
+def run_job(job: Job, cfg: Config, device: torch.device, dtype: torch.dtype, cache: dict, alone: bool) -> None:
+    """Fine-tune, evaluate after every epoch, write the record. `cache` holds what has been tokenised; alone: there is
+    no other worker. ValueError when another command has taken the MNLI model away that this job starts from."""
     while job.after and maker(job.weights) != job.after:  # another worker is still at MNLI
+        if alone:
+            raise ValueError(f"{job.weights} has been replaced by another command; repeat this one when that has ended")
         time.sleep(1)
+    show_bar = alone and sys.stderr.isatty()
     task, y, start = job.data.task, job.data.y, job.start
     model = load_model(start, job.weights, len(task.labels) or 1, cfg.dropout, job.seed).to(device)
     tokenizer = load_tokenizer(start)
@@ -462,7 +505,7 @@ def run_job(job: Job, cfg: Config, device: torch.device, dtype: torch.dtype, cac
         print(f"{start.name}: texts are cut at its {max_len} learned positions, not at --max_len {cfg.max_len}")
 
     def encoded(split: Split) -> Encoded:
-        key = (zlib.crc32(tokenizer.vocabulary), split.where, max_len)
+        key = (zlib.crc32(tokenizer.vocabulary), split.where, len(split.lines), max_len)  # unlabelled it may have more
         if key not in cache:
             cache[key] = encode(split.texts, tokenizer, max_len)
         return cache[key]
@@ -485,7 +528,7 @@ def run_job(job: Job, cfg: Config, device: torch.device, dtype: torch.dtype, cac
     seconds = round(time.perf_counter() - began, 3)
     for path, rows in job.outputs.items():
         write_answers(path, task, predict(model, encoded(rows), dtype))
-    if job.keep:
+    if job.keep and maker(job.keep) != identity(job.record):  # else it is there and others may be reading it
         unfinished = job.keep.with_name(f".{job.keep.name}.tmp")
         shutil.rmtree(unfinished, ignore_errors=True)
         model.save_pretrained(unfinished)
@@ -506,7 +549,7 @@ def run_job(job: Job, cfg: Config, device: torch.device, dtype: torch.dtype, cac
 
 def integers(flag: str, text: str) -> list[int]:
     """ "19,8364" -> [19, 8364]."""
-    if not re.fullmatch(r"\d+(,\d+)*", text):
+    if not re.fullmatch(r"\d{1,18}(,\d{1,18})*", text):
         raise ValueError(f"--{flag} {text}: give whole numbers, comma separated")
     return list(dict.fromkeys(int(part) for part in text.split(",")))
 
@@ -516,13 +559,16 @@ def pick_tasks(cfg: Config) -> dict[Task, dict[str, Any]]:
     for name, least in (("max_len", 8), ("epochs", 1), ("batch_size", 1), ("lr", 0.0), ("weight_decay", 0.0)):
         if (value := getattr(cfg, name)) is not None and value < least:
             raise ValueError(f"--{name} {value}: give at least {least}")
+    if cfg.dropout is not None and not 0 <= cfg.dropout < 1:
+        raise ValueError(f"--dropout {cfg.dropout}: give a share of at least 0 and below 1")
     path = Path(cfg.task).resolve()
     names = cfg.task.split(",") if cfg.task else list(glue.TASKS)
     unknown = [name for name in names if name not in glue.TASKS]
     if (cfg.eval and not unknown) or (path.suffix in glue.KINDS and not cfg.eval):
         raise ValueError("a task of your own takes both files: --task path/to/train.tsv --eval path/to/dev.tsv")
     if not cfg.eval:
-        if own := [name for name in ("task_name", "text_columns", "regression") if getattr(cfg, name)]:
+        changed = dict(task_name="", text_columns="", regression=False, label_column="label")
+        if own := [name for name, default in changed.items() if getattr(cfg, name) != default]:
             raise ValueError(f"--{own[0]} is for a task of your own: --task path/to/train.tsv --eval path/to/dev.tsv")
         if unknown:
             known = ", ".join(glue.TASKS)
@@ -550,7 +596,7 @@ def pick_tasks(cfg: Config) -> dict[Task, dict[str, Any]]:
 
 def finetune(cfg: Config) -> None:
     """Run the jobs that have not run yet, alone or as one of torchrun's workers, and print the table. ValueError (one
-    line) for bad input; all files are read and checked before the first job."""
+    line) for bad input; all texts and labels are read and checked before the first job."""
     rank, world, local_rank = (
         int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
@@ -566,7 +612,8 @@ def finetune(cfg: Config) -> None:
     if rank == 0:
         print("\n".join(note for d in data.values() for note in d.notes))
         backend, why = attention_backend(device.type)
-        print(f"{len(jobs)} jobs, {world} × {hardware}, {str(dtype)[6:]}; attention: {backend} ({why})", flush=True)
+        what = f"attention of MosaicBERT shapes: {backend} ({why})"
+        print(f"{len(jobs)} jobs, {world} × {hardware}, {str(dtype)[6:]}; {what}", flush=True)
     # one counter hands out the jobs, so that no worker waits for another's long task
     store = next(dist.rendezvous("env://"))[0] if world > 1 else dist.HashStore()
     cache: dict = {}
@@ -577,7 +624,7 @@ def finetune(cfg: Config) -> None:
             if record.get("command") != command:  # sweep.py takes the scores of the command it gave
                 append_record(jobs[i].path, record | {"command": command})
         else:
-            run_job(jobs[i], cfg, device, dtype, cache, show_bar=world == 1 and sys.stderr.isatty())
+            run_job(jobs[i], cfg, device, dtype, cache, alone=world == 1)
     if skipped:
         print(f"{skipped} jobs had been finished before and were skipped", flush=True)
     store.add("workers done", 1)
@@ -587,6 +634,8 @@ def finetune(cfg: Config) -> None:
         print(f"\n{glue.table([record for job in jobs if (record := job.finished())])}\n")
         written = [job.path for job in jobs] + [path for job in jobs for path in job.outputs]
         print("written:", ", ".join(dict.fromkeys(map(str, written))))
+        if cfg.submission and (missing := [n for n in SUBMISSION if not Path(cfg.submission, f"{n}.tsv").is_file()]):
+            print(f"not made, but part of a submission: {', '.join(f'{n}.tsv' for n in missing)}")
 
 
 def main(args: list[str] | None = None) -> None:

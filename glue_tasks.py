@@ -137,7 +137,8 @@ def locate(glue_dir: str, task: str, split: str) -> Source:
     if not glue_dir:
         return config, hub_split
     parquet = sorted(Path(glue_dir).glob(f"{config}/{hub_split}-*.parquet"))
-    return parquet[0] if parquet else Path(glue_dir) / task / f"{split}.tsv"
+    file = "diagnostic/diagnostic.tsv" if task == "AX" else f"{task}/{split}.tsv"
+    return parquet[0] if parquet else Path(glue_dir) / file
 
 
 def read_table(source: Source, header: list[str] | None = None) -> tuple[list[str], Iterator[tuple[int, Any]]]:
@@ -276,7 +277,7 @@ def load_data(task: Task, sources: dict[str, Source]) -> Data:
         about += ": official size" if official else f": subset of {counts[0]:,} rows, not the official task ({sizes})"
     elif task.labels:
         about += f", {len(task.labels)} classes: {', '.join(task.labels[:8])}" + ", ..." * (len(task.labels) > 8)
-    notes, digest = [about], 0
+    notes, digest = [about], zlib.crc32(b"regression") if task.regression and not task.sizes else 0
     for name, split in splits.items():
         digest = split.digest(digest)
         for lines, what in (
@@ -341,10 +342,11 @@ def gain(pairs: list[tuple[list[float], list[float]]]) -> str:
     usual t-test). With one seed, or seeds that do not differ, the difference alone."""
     difference = np.mean([np.mean(a) - np.mean(b) for a, b in pairs])
     groups = [scores for pair in pairs for scores in pair]
-    if min(map(len, groups)) < 2 or not (parts := np.array([np.var(x, ddof=1) / len(x) for x in groups])).any():
+    if min(map(len, groups)) < 2 or not any(map(np.ptp, groups)):
         return f"{difference:+.1f}"
-    error = np.sqrt(parts.sum()) / len(pairs)
-    freedom = parts.sum() ** 2 / sum(part**2 / (len(x) - 1) for part, x in zip(parts, groups))
+    parts = [np.var(x, ddof=1) / len(x) if np.ptp(x) else 0.0 for x in groups]  # var is not 0 for equal floats
+    error = np.sqrt(sum(parts)) / len(pairs)
+    freedom = sum(parts) ** 2 / sum(part**2 / (len(x) - 1) for part, x in zip(parts, groups))
     return f"{difference:+.1f} ± {error:.1f} (p {2 * t.sf(abs(difference) / error, freedom):.2g})"
 
 
@@ -377,7 +379,7 @@ def table(records: list[dict[str, Any]]) -> str:
         lines.append([name, *cells])
     gains = []
     for name, by_task in starts.items():
-        random = starts.get(f"{name.rpartition(' ')[0]} random", by_task)
+        random = starts.get(f"{by_task[tasks[0]][0]['run']} random", by_task)
         pairs = [tuple([100 * r["score"] for r in x[task]] for x in (by_task, random)) for task in tasks]
         if random is not by_task:
             gains.append([name, *(gain([pair]) for pair in pairs), *[gain(pairs)] * (len(tasks) > 1)])

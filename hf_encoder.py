@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
+from corpus import valid_unicode
+
 logging.set_verbosity_error()  # it reports every new classifier in ten lines
 logging.disable_progress_bar()
 
@@ -27,10 +29,11 @@ DROPOUTS = (
 class HFClassifier(nn.Module):
     """Any transformers encoder behind the flat call of SequenceClassifier; it pads inside, as it knows no other way.
 
-    n_positions: rows of its position table that a text can use, inf where it has none.
+    pretrained=False: random weights of that shape. n_positions: rows of its position table that a text can use, inf
+    where it has none.
     """
 
-    def __init__(self, path: str, n_labels: int, dropout: float | None = None):
+    def __init__(self, path: str, n_labels: int, dropout: float | None = None, pretrained: bool = True):
         super().__init__()
         try:
             config = AutoConfig.from_pretrained(path, num_labels=n_labels)
@@ -40,12 +43,15 @@ class HFClassifier(nn.Module):
             for name in known if dropout is not None else ():
                 setattr(config, name, dropout)
             # fp32 whatever the file holds: AdamW's small steps are lost in bf16 weights
-            how = dict(config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True)
-            self.model, report = AutoModelForSequenceClassification.from_pretrained(path, **how)
-            new = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
-            body = f"{self.model.base_model_prefix}."
-            if lost := sorted(k for k in new if k.startswith(body) and ".pooler." not in k):
-                raise ValueError(f"its file has no {lost[0]} of the right shape")
+            if pretrained:
+                how = dict(config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True)
+                self.model, report = AutoModelForSequenceClassification.from_pretrained(path, **how)
+                new = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
+                body = f"{self.model.base_model_prefix}."
+                if lost := sorted(k for k in new if k.startswith(body) and ".pooler." not in k):
+                    raise ValueError(f"its file has no {lost[0]} of the right shape")
+            else:
+                self.model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         except Exception as e:  # transformers raises a dozen kinds
             raise ValueError(f"--hf {path}: transformers cannot load it ({first_line(e)})") from None
         self.typed = (getattr(config, "type_vocab_size", None) or 0) > 1
@@ -86,7 +92,8 @@ class HFTokenizer:
     def __init__(self, path: str):
         try:
             self.hf = AutoTokenizer.from_pretrained(path)
-            n = AutoConfig.from_pretrained(path).vocab_size
+            config = AutoConfig.from_pretrained(path)
+            n = config.vocab_size
         except Exception as e:
             raise ValueError(f"--hf {path}: no tokenizer and config ({first_line(e)})") from None
         self.cls_id, self.sep_id = self.hf.cls_token_id, self.hf.sep_token_id
@@ -94,11 +101,12 @@ class HFTokenizer:
             raise ValueError(f"--hf {path}: its tokenizer has no [CLS] and [SEP]; an encoder needs them")
         if (highest := max(self.hf.get_vocab().values())) >= n:
             raise ValueError(f"--hf {path}: the model has {n} tokens, the tokenizer there {highest + 1}")
-        self.n_between = self.hf.num_special_tokens_to_add(pair=True) - 2
+        self.n_between = max(1, self.hf.num_special_tokens_to_add(pair=True) - 2)  # 0 in all: it leaves them to us
         self.vocabulary = repr(sorted(self.hf.get_vocab().items())).encode()
+        self.revision = getattr(config, "_commit_hash", None) or ""  # of a model of the hub
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return self.hf(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return self.hf([valid_unicode(t) for t in texts], add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def first_line(e: Exception) -> str:

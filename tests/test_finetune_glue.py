@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -346,6 +347,11 @@ def test_the_table_says_what_pretraining_gained_over_random_weights():
     one_seed = [r for r in rows if r["task"] == "RTE" and r["score"] in (0.70, 0.52)]
     assert glue.table(one_seed).splitlines()[5].split()[-1] == "+18.0"
     assert "random weights" not in glue.table([r for r in rows if r["step"] == 7])
+    # collapsed runs: every seed answers the same, and in floating point the variance of 146/277 is not 0
+    same = [r | {"score": 146 / 277 if r["step"] else 131 / 277} for r in rows if r["task"] == "CoLA"] * 2
+    assert glue.table(same).splitlines()[5].split()[-1] == "+5.4"
+    foreign = [r | ({"run": "my bert"} | ({"checkpoint": "my bert"} if r["step"] else {})) for r in one_seed]
+    assert glue.table(foreign).splitlines()[5].split() == ["my", "bert", "+18.0"]
 
 
 # ----------------------------------------------------------------------------- flat batches
@@ -367,12 +373,14 @@ def test_pairs_are_cut_longest_first(tokenizer):
     assert len(encode([a], tokenizer, 8).ids) == 8
 
 
-def test_flat_batches_equal_padded_ones(tokenizer):
+@pytest.mark.parametrize("position", ["alibi", "learned"])
+def test_flat_batches_equal_padded_ones_in_logits_and_gradients(position, tokenizer):
     rng = np.random.default_rng(3)
     texts = [[sentence(rng) for _ in range(7)] for _ in "ab"]
     data = encode(texts, tokenizer, 20)
     torch.manual_seed(0)
-    model = SequenceClassifier(EncoderConfig(vocab_size=300, n_layers=2, n_heads=2, d_model=32, d_ff=48), 3).eval()
+    shape = dict(vocab_size=300, n_layers=2, n_heads=2, d_model=32, d_ff=48, max_positions=20)
+    model = SequenceClassifier(EncoderConfig(**shape, position=position), 3).eval()
     index = np.array([4, 0, 6, 2])
     batch = data.batch(index, torch.device("cpu"))
     assert batch["input_ids"].dtype == torch.int64
@@ -386,6 +394,12 @@ def test_flat_batches_equal_padded_ones(tokenizer):
         mask[row, : len(example)] = 1
         types[row, data.first[i] : len(example)] = 1
     torch.testing.assert_close(model(**batch), model(ids, mask, types))
+    gradients = []
+    for logits in (model(**batch), model(ids, mask, types)):
+        model.zero_grad()
+        logits.square().sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
     logits = predict(model, data, torch.float32)  # in batches sorted by length, but in the examples' order
     np.testing.assert_allclose(logits[index], model(**batch).detach(), atol=1e-5)
 
@@ -484,6 +498,15 @@ def test_from_scratch_is_the_same_shape_with_random_weights(run, tmp_path, capsy
     assert random["family"] == "mosaic"
     assert pretrained["history"] != random["history"]
     assert "from random weights" in capsys.readouterr().out
+
+
+def test_transformers_encoders_start_from_random_weights_too(tmp_path, capsys):
+    write_hf_bert(tmp_path / "bert")
+    main(["--hf", str(tmp_path / "bert"), *toy_task(tmp_path, 40), "--from_scratch", "--seeds", "1", *QUICK])
+    pretrained, random = records(tmp_path / "bert")["toy"]
+    assert (pretrained["checkpoint"], random["checkpoint"]) == ("bert-transformers", "random")
+    assert pretrained["history"] != random["history"]
+    assert "gained over random weights" in capsys.readouterr().out
 
 
 def test_learning_rate_warms_up_and_ends_at_zero(tokenizer, monkeypatch):
@@ -634,9 +657,18 @@ def test_answers_to_the_evaluation_file_are_written_and_make_the_score(run, tmp_
     assert record["score"] == pytest.approx(np.mean(right))
 
 
-def test_a_test_file_with_a_broken_row_is_refused(run, glue_dir, tmp_path, capsys):
-    import shutil
+def test_small_values_are_written_to_six_digits_and_sts_b_as_the_leaderboard_has_it(tmp_path):
+    clicks = glue.Task("clicks", glue.OWN, (("sentence",),), ("label",), metrics=("spearman",))
+    for task, values, answers in (
+        (clicks, [0.0011234, 0.0011235, -7.0], ["0.0011234", "0.0011235", "-7"]),
+        (glue.TASKS["STS-B"], [2.71828, 5.5, -0.1], ["2.718", "5.000", "0.000"]),
+    ):
+        finetune_glue.write_answers(tmp_path / "answers.tsv", task, np.float32(values)[:, None])
+        lines = (tmp_path / "answers.tsv").read_text().splitlines()
+        assert [line.split("\t")[1] for line in lines] == ["prediction", *answers]
 
+
+def test_a_test_file_with_a_broken_row_is_refused(run, glue_dir, tmp_path, capsys):
     shutil.copytree(glue_dir / "RTE", tmp_path / "glue/RTE")
     with open(tmp_path / "glue/RTE/test.tsv", "a") as f:
         f.write("5\tonly one text\n")
@@ -660,9 +692,20 @@ def test_predictions_are_written_for_unlabelled_rows(run, tmp_path, capsys):
     assert path.exists()
 
 
-def test_submission_has_the_leaderboards_files(run, glue_dir, tmp_path):
-    main([str(run), "--glue_dir", str(glue_dir), "--seeds", "1,2", "--submission", str(tmp_path / "out"), *QUICK])
-    names = {"MNLI-m", "MNLI-mm", "QQP", "QNLI", "SST-2", "CoLA", "RTE", "MRPC", "STS-B"}
+def test_submission_has_the_leaderboards_files(run, glue_dir, tmp_path, capsys):
+    args = [str(run), "--seeds", "1,2", "--submission", str(tmp_path / "out"), *QUICK]
+    main([*args, "--glue_dir", str(glue_dir)])
+    assert "not made, but part of a submission: WNLI.tsv, AX.tsv" in capsys.readouterr().out
+    with_diagnostic = tmp_path / "glue"
+    shutil.copytree(glue_dir, with_diagnostic)
+    rows = official_rows("RTE", 5, 0, labelled=False)
+    write_tsv(with_diagnostic / "diagnostic/diagnostic.tsv", rows)  # where the official download has it
+    kept = run / "glue/mnli/step_00000010/model.safetensors"
+    before = kept.stat().st_mtime_ns
+    main([*args, "--glue_dir", str(with_diagnostic)])
+    assert "not made, but part of a submission: WNLI.tsv\n" in capsys.readouterr().out
+    assert kept.stat().st_mtime_ns == before  # MNLI ran again for its answers; others may be reading its weights
+    names = {"MNLI-m", "MNLI-mm", "QQP", "QNLI", "SST-2", "CoLA", "RTE", "MRPC", "STS-B", "AX"}
     assert {path.stem for path in (tmp_path / "out").iterdir()} == names
     for name in names:
         lines = (tmp_path / f"out/{name}.tsv").read_text().splitlines()
@@ -672,7 +715,19 @@ def test_submission_has_the_leaderboards_files(run, glue_dir, tmp_path):
         if name == "STS-B":
             assert all(0 <= float(a) <= 5 for a in answers)
         else:
-            assert answers <= set(glue.TASKS[name.split("-m")[0]].labels)
+            assert answers <= set(glue.TASKS["MNLI" if name == "AX" else name.split("-m")[0]].labels)
+
+
+def test_rows_to_predict_may_be_the_tasks_own_file_with_rows_that_training_leaves_out(run, glue_dir, tmp_path):
+    shutil.copytree(glue_dir / "QQP", tmp_path / "glue/QQP")
+    dev = tmp_path / "glue/QQP/dev.tsv"
+    lines = dev.read_text().splitlines()
+    lines.insert(1, lines[1].rpartition("\t")[0] + "\t")  # the first row, once without its label
+    dev.write_text("\n".join(lines) + "\n")
+    args = ["--glue_dir", str(tmp_path / "glue"), "--task", "QQP", "--seeds", "1", "--predict", str(dev)]
+    main([str(run), *args, *QUICK])
+    answers = (run / "glue/predictions/QQP_step_00000010_seed1_dev.tsv").read_text().splitlines()
+    assert len(answers) == 1 + 13
 
 
 # ----------------------------------------------------------------------------- jobs
@@ -702,6 +757,62 @@ def test_finished_jobs_are_skipped_and_a_torn_line_runs_again(run, tmp_path, cap
         f.write("the good river\tpositive\n")
     main([*args, "--seeds", "1"])  # other data is another job
     assert len(records(run)["toy"]) == 6
+
+
+def test_numbers_read_as_classes_and_as_values_are_two_jobs(run, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    rows = [{"sentence": sentence(rng), "label": str(i % 5)} for i in range(40)]
+    write_tsv(tmp_path / "stars/train.tsv", rows)
+    args = [str(run), "--task", str(tmp_path / "stars/train.tsv"), "--eval", str(tmp_path / "stars/train.tsv")]
+    main([*args, "--seeds", "1", *QUICK])
+    main([*args, "--seeds", "1", *QUICK, "--regression"])
+    assert [set(r["metrics"]) for r in records(run)["stars"]] == [{"accuracy"}, {"spearman", "pearson"}]
+    assert "finished before" not in capsys.readouterr().out
+
+
+def test_other_weights_or_another_shape_under_the_old_name_are_another_start(tmp_path, tokenizer, capsys):
+    write_hf_bert(tmp_path / "bert")
+    args = [*toy_task(tmp_path, 40), "--seeds", "1", "--max_len", "24", *QUICK]
+    foreign = [str(tmp_path / "bert"), "--hf", str(tmp_path / "bert"), *args]
+    main(foreign)
+    main(foreign)
+    assert "2 jobs had been finished before" in capsys.readouterr().out
+    weights = tmp_path / "bert/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")  # trained on, and saved in place
+    main(foreign)
+    assert "finished before" not in capsys.readouterr().out
+
+    run = tmp_path / "runs/small"
+    scratch = [str(run), "--from_scratch", *args]
+    for shape in ({}, {"d_ff": 64}):
+        shutil.rmtree(run / "ckpt", ignore_errors=True)
+        write_checkpoint(run, tokenizer, 10, **shape)  # with the same clock
+        main(scratch)
+    assert "finished before" not in capsys.readouterr().out
+    assert [r["checkpoint"] for r in records(run)["toy"]] == ["ckpt/step_00000010", "random"] * 2
+
+
+def test_mnli_is_first_and_then_what_takes_longest(run, glue_dir, monkeypatch):
+    ran = []
+    monkeypatch.setattr(finetune_glue, "run_job", lambda job, *_, **__: ran.append((job.data.task.name, job.seed)))
+    monkeypatch.setattr(glue, "table", lambda records: "")
+    main([str(run), "--glue_dir", str(glue_dir), "--task", "RTE,CoLA,SST-2,MNLI", "--seeds", "1,2", *QUICK])
+    assert ran[0] == ("MNLI", 1)  # RTE waits for it
+    assert {task for task, _ in ran[-2:]} == {"RTE"}
+
+
+def test_an_mnli_model_that_was_taken_away_ends_the_command(run, glue_dir, capsys, monkeypatch):
+    args = [str(run), "--glue_dir", str(glue_dir), "--seeds", "1", *QUICK]
+    main([*args, "--task", "MNLI"])
+    made = finetune_glue.make_jobs
+
+    def then_another_command(*args):
+        jobs = made(*args)
+        (run / "glue/mnli/step_00000010/job.json").write_text("{}")
+        return jobs
+
+    monkeypatch.setattr(finetune_glue, "make_jobs", then_another_command)
+    assert "has been replaced by another command" in fails(capsys, [*args, "--task", "RTE"])
 
 
 def test_a_score_that_another_command_asks_for_is_noted_under_that_command_too(run, tmp_path, monkeypatch):
@@ -833,6 +944,27 @@ def test_any_transformers_encoder_reads_the_flat_batch_as_its_own(kind, tmp_path
     torch.testing.assert_close(flat, alone, atol=1e-5, rtol=1e-4)
 
 
+def test_a_transformers_tokenizer_that_adds_nothing_itself_still_has_its_pairs_parted(tmp_path):
+    from tokenizers import Tokenizer as Bare
+    from tokenizers import models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from hf_encoder import HFTokenizer
+
+    write_hf_bert(tmp_path)
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    bare = Bare(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    bare.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
+    PreTrainedTokenizerFast(tokenizer_object=bare, **special).save_pretrained(tmp_path)
+    tokenizer = HFTokenizer(str(tmp_path))
+    assert tokenizer.hf.num_special_tokens_to_add(pair=True) == 0
+    data = encode([["the cat"], ["a dog"]], tokenizer, 24)
+    assert data.ids.tolist() == [vocabulary[w] for w in ["[CLS]", "the", "cat", "[SEP]", "a", "dog", "[SEP]"]]
+    (cut,) = tokenizer.encode_batch(["the \ud800 cat"])  # half of an emoji is unknown, not an exception
+    assert cut == [vocabulary[w] for w in ["the", "[UNK]", "cat"]]
+
+
 def test_transformers_weights_that_do_not_fit_are_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -905,7 +1037,10 @@ def test_bad_settings_get_one_line(run, tmp_path, tokenizer, capsys):
     assert "no complete checkpoint" in fails(capsys, [str(tmp_path / "empty"), *task])
     assert "give a run folder" in fails(capsys, task)
     assert "--seeds 1;2" in fails(capsys, [str(run), *task, "--seeds", "1;2"])
+    assert "--seeds 18446744073709551616" in fails(capsys, [str(run), *task, "--seeds", str(2**64)])
     assert "--epochs 0" in fails(capsys, [str(run), *task, "--epochs", "0"])
+    assert "--dropout 2.0: give a share" in fails(capsys, [str(run), *task, "--dropout", "2"])
+    assert "--label_column is for a task of your own" in fails(capsys, [str(run), "--label_column", "grade"])
     assert "takes both files: --task path/to/train.tsv --eval" in fails(capsys, [str(run), *task[:2]])
     assert "takes both files: --task path/to/train.tsv --eval" in fails(capsys, [str(run), "--task", "RTE", *task[2:]])
     assert "takes both files: --task path/to/train.tsv --eval" in fails(capsys, [str(run), *task[2:]])
@@ -921,6 +1056,10 @@ def test_bad_settings_get_one_line(run, tmp_path, tokenizer, capsys):
         assert "--device cuda" in fails(capsys, [str(run), *task, "--device", "cuda"])
     folder = write_checkpoint(tmp_path / "runs/odd", tokenizer, 10, vocab_size=900)
     assert f"{folder}: the model has 900 tokens, the tokenizer there 300" in fails(capsys, [str(folder), *task])
+    write_hf_bert(tmp_path / "bert")
+    (tmp_path / "bert/model.safetensors").unlink()
+    for start in ([], ["--hf"]):
+        assert "bert has a config.json, but no weights" in fails(capsys, [*start, str(tmp_path / "bert"), *task])
 
 
 def test_an_unreachable_hub_gets_one_line(run, capsys, monkeypatch):
