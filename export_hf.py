@@ -373,6 +373,8 @@ def model_card(
     }
     if facts:
         train, result = facts["train"], facts["eval"]
+        at = f", step {result['step']:,}" if result and result["step"] != facts["step"] else ""
+        held_out = f"{result['loss']} ({result['accuracy']:.1%} right, 15 % masked{at})" if result else "none"
         gpus, hours = f"{facts['world_size']} × {facts['device']}", facts["train_seconds"] / 3600
         folders = ", ".join(f"`{folder}`" for folder in train["data"] or ["data/c4"])
         windows = f"{train['documents']} windows of {train['seq_len']} tokens"
@@ -381,7 +383,7 @@ def model_card(
             "trained on": f"{facts['tokens']:,} tokens, {facts['step']:,} steps of {train['batch_tokens']:,}",
             "started from": train["cooldown_from"] or train["start_from"] or "random weights",
             "masking": f"{train['masking']}, {train['corruption']}",
-            "held-out loss": f"{result['loss']} ({result['accuracy']:.1%} right, 15 % masked)" if result else "none",
+            "held-out loss": held_out,
             "hardware": f"{gpus}, {hours:.2f} hours of training",
             "cost": f"${facts['dollars']}, at ${train['gpu_dollars_per_hour']} a GPU hour; a CPU is counted as free",
             "code": f"nanoMosaicBERT {facts['revision']}",

@@ -190,6 +190,7 @@ def measure(run: str, cfg: Config, texts: list[np.ndarray], available: int, voca
         "step": pretraining.get("step"),
         "pretrain_tokens": pretraining.get("tokens"),
         "data": cfg.data,
+        "split": cfg.split,
         "documents": len(texts),
         "available": available,
         "masked": len(texts) * round(0.15 * len(texts[0])),
@@ -214,8 +215,13 @@ def measure_runs(cfg: Config) -> None:
         raise ValueError("two of these are of one run, and their files would have one name; measure them one by one")
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    for record in records:
-        path = out / f"long-context-{record['run']}.json"
+    paths = [out / f"long-context-{record['run']}.json" for record in records]
+    for path, record in zip(paths, records):
+        old = json.loads(path.read_text()) if path.is_file() else {}
+        if differ := [k for k in ("data", "split", "step", "documents", "masked") if old and old.get(k) != record[k]]:
+            what = ", ".join(f"{k} {old.get(k)} -> {record[k]}" for k in differ)
+            raise ValueError(f"{path} holds another measurement ({what}); give another --out")
+    for path, record in zip(paths, records):
         write_atomically(path, to_json(record))
         print(f"\n{record['run']}, trained at {record['seq_len']}: wrote {path}\nwindow    loss   accuracy   gain")
         for row in record["lengths"]:

@@ -237,6 +237,10 @@ def pareto_records(runs: list[Run], metric: str, x: Cost, task: str, by: str) ->
         for r in own:
             planned = minutes and minutes * round(20 * (r.get(COSTS["seconds"][1]) or 0) / (60 * minutes)) / 20
             records.append({**r, **about, "at": planned if r["step"] and planned else r["step"]})
+    last = {}  # of a run only the last checkpoint before a planned minute: two of them are not two replicates
+    for r in records:
+        last[r["path"], r["at"]] = max(r["step"], last.get((r["path"], r["at"]), 0))
+    records = [r for r in records if r["step"] == last[r["path"], r["at"]]]
     what = "fine-tuning result (glue/*.jsonl)" if metric == "glue" else f"held-out {metric}"
     if not records:
         raise SystemExit(f"error: no {what} in {listed([run.path for run in runs])} yet; nothing drawn")
@@ -509,32 +513,39 @@ def ablation(sweeps: Runs, out: Out = "plots/ablation.png", budget: float = 0.0)
     """
     from scipy.stats import t  # takes a second
 
-    rows = [r for p in expand(sweeps) for r in read_sweep(p if p.suffix == ".jsonl" else p / "records.jsonl")]
-    budgets = sorted({r["budget"] for r in rows if r["variant"]})
-    if not budgets:
+    files = [p if p.suffix == ".jsonl" else p / "records.jsonl" for p in expand(sweeps)]
+    found = {path.parent: rows for path, rows in zip(files, map(read_sweep, files)) if any(r["variant"] for r in rows)}
+    if not found:
         raise SystemExit(f"error: no variant in {listed(list(sweeps)) or 'an empty list'}; give sweeps run with --vary")
-    budget = budget or budgets[-1]
-    if budget not in budgets:
+    budgets = sorted({r["budget"] for rows in found.values() for r in rows if r["variant"]})
+    if budget and budget not in budgets:
         raise SystemExit(f"error: no variant ran with that budget; --budget is one of {listed(budgets, 9)}")
-    rows, values = [r for r in rows if r["budget"] == budget], defaultdict(dict)
+    rows, values, lengths = [], defaultdict(dict), {}  # lengths: sweep -> budget
+    for sweep, own in found.items():
+        have = {r["budget"] for r in own if r["variant"]}
+        if budget and budget not in have:
+            note(f"no variant with that budget, left out: {sweep}")
+            continue
+        lengths[sweep] = budget or max(have)
+        rows += [r | {"sweep": sweep} for r in own if r["budget"] == lengths[sweep]]
     for r in rows:
         scale = 1 if r["metric"] == "loss" else 100
-        values[r["equal"], r["preset"], r["variant"], r["metric"]][r["seed"]] = r["value"] * scale
+        values[r["sweep"], r["preset"], r["variant"], r["metric"]][r["seed"]] = r["value"] * scale
     presets = list(dict.fromkeys(r["preset"] for r in rows))
     variants = list(dict.fromkeys(r["variant"] for r in rows if r["variant"]))
-    kinds, panels = list(dict.fromkeys(r["equal"] for r in rows)), {}  # panels: (what is equal, label) -> metrics
-    for equal in kinds:
-        panels[equal, "held-out loss (nats) — left is better"] = ["loss"]
-        if tasks := sorted({metric for kind, _, _, metric in values if kind == equal} - {"loss", "accuracy"}):
+    equals, panels = {r["sweep"]: r["equal"] for r in rows}, {}  # panels: (sweep, label) -> metrics
+    for sweep in equals:
+        panels[sweep, "held-out loss (nats) — left is better"] = ["loss"]
+        if tasks := sorted({metric for of, _, _, metric in values if of == sweep} - {"loss", "accuracy"}):
             name = tasks[0] if len(tasks) == 1 else f"mean of {len(tasks)} tasks"
-            panels[equal, f"{name} (points) — right is better"] = tasks
+            panels[sweep, f"{name} (points) — right is better"] = tasks
     style = styles({preset: preset.split("-")[0] for preset in presets})
     size = 3.2 + 2.7 * len(panels), max(3.4, 1.8 + (0.2 + 0.16 * len(presets)) * len(variants))
     fig, axes = plt.subplots(1, len(panels), sharey=True, squeeze=False, figsize=size)
     counts = set()
-    for ax, ((equal, label), metrics) in zip(axes[0], panels.items()):
+    for ax, ((sweep, label), metrics) in zip(axes[0], panels.items()):
         for (i, preset), (j, variant) in itertools.product(enumerate(presets), enumerate(variants)):
-            pairs = [(values[equal, preset, variant, m], values[equal, preset, "", m]) for m in metrics]
+            pairs = [(values[sweep, preset, variant, m], values[sweep, preset, "", m]) for m in metrics]
             seeds = set.intersection(*[x.keys() & y.keys() for x, y in pairs])
             gains = [float(np.mean([x[seed] - y[seed] for x, y in pairs])) for seed in seeds]
             if gains:
@@ -546,7 +557,9 @@ def ablation(sweeps: Runs, out: Out = "plots/ablation.png", budget: float = 0.0)
                 ax.errorbar(np.mean(gains), at, xerr=half, **look)
                 counts.add(len(gains))
         ax.axvline(0, color="0.3", lw=1, zorder=1)
-        ax.set_xlabel(f"{label}\nat equal {dict(flops='FLOPs').get(equal, equal)}")
+        kind = dict(flops="FLOPs").get(equals[sweep], equals[sweep])
+        alone = list(equals.values()).count(equals[sweep]) == 1
+        ax.set_xlabel(f"{label}\nat equal {kind}" + ("" if alone else f", {sweep.name}"))
         ax.grid(axis="y", visible=False)
     axes[0, 0].set_yticks(range(len(variants)), variants)
     axes[0, 0].set_ylim(len(variants) - 0.5, -0.5)
@@ -556,8 +569,8 @@ def ablation(sweeps: Runs, out: Out = "plots/ablation.png", budget: float = 0.0)
         "time": "tokens of the first preset, its time for the others",
     }
     n = f"n = {' to '.join(map(str, sorted({min(counts), max(counts)})))}" if counts else "no seed in common"
-    lengths = listed([f"{budget:,.9g} {unit[equal]}" for equal in kinds])
-    what = f"{lengths} · on {listed(sorted({r['device'] for r in rows}))}"
+    said = listed(list(dict.fromkeys(f"{lengths[sweep]:,.9g} {unit[equal]}" for sweep, equal in equals.items())))
+    what = f"{said} · on {listed(sorted({r['device'] for r in rows}))}"
     lines = [f"variant − preset as it is, paired by seed, {n} · {what}"]
     lines += ["bars: 95 % confidence interval of each alone · filled marker: 0 is outside · no bar: no spread"]
     handles = [plt.Line2D([], [], label=name, **{**look, "linestyle": ""}) for name, look in style.items()]

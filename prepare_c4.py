@@ -373,7 +373,10 @@ def prepare(cfg: Config) -> dict:
             key = next((k for k in settings if old.get(k) != settings[k]), "format")
             change = "the corpus changed" if key == "fingerprint" else f"{key} was {old.get(key)!r}"
             raise BadInput(f"{out} was begun with other settings ({change}); choose another --out or delete it")
-        if state is None or not (out / "tokenizer.meta.json").exists():
+        made = (out / "tokenizer.meta.json").exists()
+        if made and cfg.tokenizer and Tokenizer.load(cfg.tokenizer).vocabulary != Tokenizer.load(out).vocabulary:
+            raise BadInput(f"{out} was made with another tokenizer than {cfg.tokenizer} has now; choose another --out")
+        if state is None or not made:
             cuts = (0, 0)
             if not own or cfg.task_examples:
                 with progress_shown("choosing held-out documents"):

@@ -65,6 +65,7 @@ from recipes import (
 
 # tokens of one forward in evaluation: fixed, so that runs with other micro_tokens see the same tokens and masks
 EVAL_MICRO_TOKENS = 8_192
+BERT_SPECIAL_IDS = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103}  # of bert-base-uncased
 
 
 # ----------------------------------------------------------------------------- what a run starts from
@@ -73,6 +74,18 @@ EVAL_MICRO_TOKENS = 8_192
 def corpus_digest(folder: str) -> str:
     """Names the exact corpus: meta.json holds a checksum of every file."""
     return hashlib.sha256((Path(folder) / "meta.json").read_bytes()).hexdigest()[:16]
+
+
+def weights_digest(folder: Path) -> str:
+    """Names the weights in a folder: a checkpoint of ours by what it cost, which no other has, a foreign one whole."""
+    progress = folder / "progress.json"
+    files = [progress] if progress.is_file() else sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as f:
+            while part := f.read(1 << 24):
+                digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 def open_corpora(folders: list[str]) -> tuple[list[Corpus], list[Corpus], Tokenizer]:
@@ -94,12 +107,13 @@ def load_start(start_from: str, tokenizer: Tokenizer, data: str) -> MaskedLM:
     model = MaskedLM.from_pretrained(folder)
     n, rows = tokenizer.vocab_size, model.cfg.padded_vocab_size
     same = n <= rows < n + 128  # official tables are rounded up to a multiple of 64 or 128
-    try:
+    if (folder / "tokenizer.json").is_file() or (folder / "tokenizer.meta.json").is_file():
         theirs = Tokenizer.load(folder)
         same &= n == theirs.vocab_size and all(tokenizer.token_text(i) == theirs.token_text(i) for i in range(n))
         what = "another tokenizer"
-    except ValueError:  # the official MosaicBERT comes without one: it was trained with bert-base-uncased's
-        what = f"{rows} tokens, not {n}"
+    else:  # the official MosaicBERT comes without one: it was trained with bert-base-uncased's
+        same &= tokenizer.meta["special_ids"] == BERT_SPECIAL_IDS
+        what = "another tokenizer (none is beside it, so bert-base-uncased's)"
     if not same:
         raise ValueError(
             f"--start_from {start_from}: trained with {what} than {data}; prepare the data with "
@@ -239,7 +253,19 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     elif not cfg.cooldown_from:  # a branch keeps its stem's, whose table may have been brought by --start_from
         cfg.model.vocab_size = tokenizer.vocab_size
     data = {"corpus": [corpus_digest(f) for f in mixture.folders], "mixture": asdict(mixture) | {"folders": None}}
-    settings = asdict(cfg) | {"preset": preset} | data
+    settings = asdict(cfg) | {"preset": preset, "began_from": old.get("began_from")} | data
+    if cfg.cooldown_from and not continues:
+        stem_run = Path(cfg.cooldown_from).parents[1]
+        stem_cfg, stem_settings = run_config(stem_run)[1], json.loads((stem_run / "config.json").read_text())["train"]
+        if cfg.data == stem_cfg.data and data["corpus"] != stem_settings["corpus"]:
+            raise SystemExit(f"error: {', '.join(mixture.folders)}: not the corpus {stem_run} was trained on")
+    if settings["began_from"]:
+        folder, digest = settings["began_from"]
+        if Path(folder).is_dir() and weights_digest(Path(folder)) != digest:
+            raise SystemExit(f"error: {run} began from other weights than {folder} has now; give another --name")
+    elif cfg.cooldown_from or cfg.start_from:
+        source = Path(cfg.cooldown_from) if cfg.cooldown_from else find_folder(cfg.start_from)
+        settings["began_from"] = [str(source), weights_digest(source)]
     if continues:
         now = json.loads(json.dumps(settings))
         differ = [k for k in now if k not in FREE_TO_CHANGE and now[k] != old.get(k)]
@@ -274,9 +300,9 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         step, tokens, micro, seconds = (trainer[k] for k in ("step", "tokens", "micro", "train_seconds"))
         branch, changed_at = trainer["branch"] and Branch(**trainer["branch"]), trainer["changed_at"]
     if cfg.cooldown_from and not checkpoints:
-        over = branch.over(tokens) if branch else done_at(cfg, step, tokens, seconds)
+        over = branch.over(tokens) if branch else done_at(stem_cfg, step, tokens, seconds)
         there = branch.schedule(over) if branch else over
-        factor = branch.learning_rate(cfg, over) if branch else learning_rate(cfg, there)
+        factor = branch.learning_rate(stem_cfg, over) if branch else learning_rate(stem_cfg, there)
         length = max(1, round(tokens * cfg.cooldown / (1.0 - cfg.cooldown)))
         branch = Branch(tokens, min(there, 1.0), factor, length)
         if there < mixture.change:  # data of the branch's own, whose change has not come
@@ -351,12 +377,13 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     def log(kind: str, **values) -> None:
         if log_file:
             log_file.write(json.dumps({"type": kind, **values}) + "\n")
-        if board and "step" in values:
+        if board and kind != "header" and "step" in values:
             numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
             board.log(numbers, step=values["step"])
 
     log(
         "header",
+        step=step,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         command=shlex.join(["pretrain.py", *sys.argv[1:]]),
         torch=torch.__version__,
@@ -630,6 +657,8 @@ def main() -> None:
         cfg.cooldown_from, cfg.data = str(stem), cfg.data or stem_cfg.data
         if (cfg.model, cfg.optimizer) != (stem_cfg.model, stem_cfg.optimizer):
             raise SystemExit("error: a cool-down keeps the --model and the --optimizer of its run")
+        if any(getattr(cfg, k) != getattr(stem_cfg, k) for k in ("max_steps", "max_tokens", "max_minutes")):
+            raise SystemExit("error: --cooldown alone says how long a cool-down is; leave out --max_steps and the like")
     train(args[0], cfg)
 
 

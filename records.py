@@ -61,9 +61,14 @@ def read_jsonl(path: Path, stride: float = 1) -> tuple[list[dict], int]:
 
 
 def table(records: list[dict], kind: str) -> dict[str, np.ndarray]:
-    """The records of one type as {name: (n,) float64} by increasing step. A resumed run repeats steps: the
-    last record of a step wins."""
-    steps = {r["step"]: r for r in records if r["type"] == kind}
+    """The records of one type as {name: (n,) float64} by increasing step. A resumed run repeats steps: the last record
+    of a step wins, and what a killed life did beyond the step that the next began at is forgotten."""
+    steps: dict[float, dict] = {}
+    for r in records:
+        if r["type"] == "header" and isinstance(began := r.get("step"), int):
+            steps = {step: of_step for step, of_step in steps.items() if step <= began}
+        elif r["type"] == kind:
+            steps[r["step"]] = r
     rows = [[v if isinstance(v := steps[s].get(k), int | float) else math.nan for k in LOGGED] for s in sorted(steps)]
     return dict(zip(LOGGED, np.array(rows, float).reshape(-1, len(LOGGED)).T))
 

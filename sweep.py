@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
@@ -40,7 +40,8 @@ import finetune_glue
 from corpus import to_json, write_atomically
 from flags import one_line_refusals, read_command_line
 from leaderboard import leaderboard, short
-from recipes import TrainConfig, check_config, make_presets, mean_masking_rate
+from machine import device_name
+from recipes import FREE_TO_CHANGE, TrainConfig, check_config, make_presets, mean_masking_rate
 from records import read_jsonl
 
 try:
@@ -96,6 +97,11 @@ class Arm:
     def before_cooldown(self) -> Fraction:
         """Share of a run before the branching point; 1 where nothing branches."""
         return 1 - Fraction(self.cfg.cooldown).limit_denominator(100) if self.stem else Fraction(1)
+
+    @property
+    def measure(self) -> tuple[int, int]:
+        """What the held-out text depends on."""
+        return self.cfg.seq_len, self.cfg.eval_tokens
 
 
 @dataclass
@@ -193,6 +199,11 @@ def tokens_of_budgets(cfg: Config, arms: list[Arm], speeds: dict[str, dict]) -> 
         grains = dict.fromkeys(grains, math.lcm(*grains.values()))
     tokens = {}
     for arm in arms:
+        if arm.stem and min(cfg.budgets) * arm.before_cooldown < arm.cfg.warmup * max(cfg.budgets):
+            raise SystemExit(
+                f"error: {arm.name}: the smallest budget would branch off in the warm-up of the largest one's run; "
+                "choose budgets that are closer, or --no_stem"
+            )
         wanted, grain = unit, grains[arm.name]
         if cfg.equal != "tokens":
             wanted *= speeds[arm.name]["ratio"] if cfg.equal == "time" else 1 / speeds[arm.name]["flops_per_token"]
@@ -276,6 +287,22 @@ def progress(run: Path) -> dict:
     return read_json(max(run.glob("ckpt/step_????????/progress.json"), default=run / "none"))
 
 
+def settings_of(arm: Arm) -> dict:
+    """What pretrain.py would be told, all defaults included, but for what the sweep or a run's data decide."""
+    settings = {k: v for k, v in asdict(arm.cfg).items() if k not in OURS | FREE_TO_CHANGE}
+    settings["model"] = {k: v for k, v in settings.get("model", {}).items() if k != "vocab_size"}
+    return json.loads(json.dumps(settings))
+
+
+def other_settings(job: Job) -> str:
+    """The settings in which a finished run differs from its arm today, as when a preset has changed; "" for none."""
+    trained, now = read_json(job.run / "config.json").get("train", {}), settings_of(job.arm)
+    trained["model"] = {k: v for k, v in trained.get("model", {}).items() if k != "vocab_size"}
+    if now.get("start_from"):
+        del now["model"]  # those weights bring their own
+    return ", ".join(k for k, v in now.items() if trained.get(k) != v)
+
+
 def call(command: list[str], output: Path, lock: IO) -> str:
     """Runs a script, its output into a file. Returns "" or the line that says why it failed."""
     torchrun = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_.*|TORCHELASTIC.*)")
@@ -309,7 +336,8 @@ def measure_speeds(cfg: Config, arms: list[Arm], state: Path, started: float) ->
     few = ["--log_every", str(max(1, steps // 6)), "--checkpoint_every", "0.99", "--eval_every", "0.99"]
     few += ["--max_steps", str(steps), "--pppl_tokens", "0"]
     with claim(state / "speed.lock", wait=True) as lock:
-        known, words = read_json(path), {arm.name: [*data_flags(cfg), *arm.words] for arm in arms}
+        known = read_json(path)
+        words = {arm.name: [device_name(), steps, *data_flags(cfg), json.dumps(settings_of(arm))] for arm in arms}
         same = {k: v for k, v in known.items() if v["words"] == words.get(k) and v.get("against") == arms[0].name}
         valid = {k for k, v in same.items() if v.get("ratio") or v.get("failed_at", 0) >= started}
         new = [arm for arm in arms if arm.name not in valid]
@@ -334,6 +362,8 @@ def measure_speeds(cfg: Config, arms: list[Arm], state: Path, started: float) ->
             about[arm.name] = {k: header.get(k) for k in ("flops_per_token", "n_params", "device", "revision")}
         shutil.rmtree(state / "timing", ignore_errors=True)
         for arm in new:
+            if cfg.equal == "time" and "error" not in about[arm.name] and not turns[arms[0].name]:
+                about[arm.name] = {"error": f"{arms[0].name} could not be timed beside it", "failed_at": time.time()}
             known[arm.name] = about[arm.name] | {"words": words[arm.name], "against": arms[0].name}
             if "error" not in about[arm.name]:
                 ratios = [a / b for a, b in zip(turns[arm.name], turns[arms[0].name])]
@@ -352,7 +382,14 @@ def work(jobs: list[Job], state: Path, started: float) -> dict[str, str]:
             failed[job.name] = mark["error"]
         elif job.after in failed:
             failed[job.name] = f"not run, as {job.after} failed"
-        return job.name in failed or ("error" not in mark and mark.get("command") == job.command[1:])
+        if job.name in failed or "error" in mark or mark.get("command") != job.command[1:]:
+            return job.name in failed
+        if not job.tokens:
+            return mark.get("of") == progress(job.run)  # not of a run that has been trained anew since
+        finished = bool(progress(job.run).get("finished"))
+        if finished and (differ := other_settings(job)):
+            failed[job.name] = f"{job.run} was trained with other settings ({differ}); delete it or give another --name"
+        return finished
 
     while waiting:
         before = len(waiting)
@@ -368,6 +405,7 @@ def work(jobs: list[Job], state: Path, started: float) -> dict[str, str]:
                             error = "stopped before its end"
                         seconds = round(time.time() - began, 1)
                         mark = {"error": error, "failed_at": time.time()} if error else {"seconds": seconds}
+                        mark |= {} if job.tokens else {"of": progress(job.run)}
                         write_atomically(state / f"{job.name}.json", to_json(mark | {"command": job.command[1:]}))
                         n = len(jobs) - len(waiting) + 1
                         print(f"{n}/{len(jobs)} {job.name}: {error or f'{seconds:,.0f} s'}", flush=True)
@@ -385,24 +423,30 @@ def collect(cfg: Config, jobs: list[Job]) -> list[dict]:
     """A row for each finished run and metric. value: loss in nats per masked token of held-out text; accuracy and
     the tasks fine-tuned as asked for now, as shares of 1, the mean of `values`, one for each fine-tuning seed."""
     rows, asked = [], {shlex.join(["finetune_glue.py", *job.command[2:]]) for job in jobs if not job.tokens}
+    corpora = {}
     for job in [job for job in jobs if job.tokens]:
         done, log = progress(job.run), read_log(job.run / "log.jsonl")
         header = next((r for r in reversed(log) if r.get("type") == "header"), {})
         held_out = [r for r in log if r.get("type") == "eval" and r.get("step") == done.get("step")]
         if not (done.get("finished") and header and held_out):
             continue
+        corpora[str(read_json(job.run / "config.json").get("train", {}).get("corpus"))] = job.run
         row = {"type": "sweep", "run": job.name, "arm": job.arm.name, "preset": job.arm.preset}
         row |= {"variant": job.arm.variant, "seed": job.seed, "budget": job.budget, "equal": cfg.equal}
         row |= {k: done.get(k) for k in ("step", "tokens", "train_seconds", "gpu_seconds", "dollars")}
         row |= {k: header.get(k) for k in ("family", "device", "world_size", "n_params", "revision", "command")}
         row["flops"] = header["flops_per_token"] * done["tokens"]
-        rows += [row | {"metric": m, "value": held_out[-1][m]} for m in ("loss", "accuracy")]
+        if job.arm.measure == jobs[0].arm.measure:  # losses on other text are not comparable
+            rows += [row | {"metric": m, "value": held_out[-1][m]} for m in ("loss", "accuracy")]
         for path in sorted(job.run.glob("glue/*.jsonl")) if asked else ():
             found = [r for r in read_jsonl(path)[0] if r["step"] == done["step"] and r.get("command") in asked]
             if last := {r["seed"]: r for r in found}:
                 scores, one = [r["score"] for r in last.values()], next(iter(last.values()))
                 more = {"majority": one.get("majority"), "measures": list(one.get("metrics", {}))}
                 rows.append(row | {"metric": one["task"], "value": mean(scores), "values": scores} | more)
+    if len(corpora) > 1:
+        (first, second, *_) = corpora.values()
+        raise SystemExit(f"error: {first} and {second} were trained on different corpora of one name; delete one")
     return rows
 
 
@@ -435,8 +479,17 @@ def sweep(cfg: Config) -> int:
     if not re.fullmatch(r"\w[\w.-]*", cfg.name):
         raise SystemExit(f"error: --name {cfg.name!r} names folders: use letters, digits, . _ and -")
     arms, state = make_arms(cfg), Path(cfg.out, cfg.name, ".jobs")
+    tuned: list[str] = []
     for flags in cfg.finetune:
-        read_command_line(finetune_glue.Config, ["run", *words_of(flags, "--finetune")])  # refuses what is misspelt
+        asked = read_command_line(finetune_glue.Config, ["run", *words_of(flags, "--finetune")])
+        try:
+            tuned += [task.name for task in finetune_glue.pick_tasks(asked)]
+        except ValueError as e:
+            raise SystemExit(f"error: --finetune: {e}") from None
+    if twice := {task for task in tuned if tuned.count(task) > 1}:
+        raise SystemExit(f"error: two --finetune are for {min(twice)}; their scores would be mixed")
+    if len({arm.measure for arm in arms}) > 1 and not cfg.finetune:
+        raise SystemExit("error: with other --seq_len or --eval_tokens losses are on other text; add --finetune")
     now = json.loads(json.dumps({k: getattr(cfg, k) for k in FIXED}))
     if cfg.equal == "time":
         now["first preset"] = cfg.presets[0]

@@ -174,6 +174,10 @@ def test_a_record_and_a_figure_are_written(checkpoint, long_corpus, tmp_path, ca
     again = tmp_path / "again"
     main([str(checkpoint), *args, "--out", str(again)])
     assert json.loads((again / "long-context-checkpoint.json").read_text())["lengths"] == record["lengths"]
+    before = (again / "long-context-checkpoint.json").read_bytes()
+    with pytest.raises(SystemExit, match=r"holds another measurement \(documents 3 -> 2, .*; give another --out"):
+        main([str(checkpoint), *args[:-1], "2", "--out", str(again)])
+    assert (again / "long-context-checkpoint.json").read_bytes() == before
     draw([record, record | {"run": "another", "seq_len": 64}], tmp_path / "two.png")
 
 

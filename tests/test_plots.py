@@ -146,6 +146,14 @@ def test_last_record_of_a_repeated_step_wins(tmp_path):
     assert run.train["loss"].tolist() == [9.0, 6.0, 5.0]
 
 
+def test_what_a_killed_life_did_beyond_the_step_that_the_next_began_at_is_forgotten(tmp_path):
+    """With --max_minutes the second life may end at a smaller step than the first had come to."""
+    first = [train_line(s, 9.0) for s in (100, 200, 300)]
+    again = {"type": "header", "device": "a CPU", "step": 200}
+    run = plots.load((make_run(tmp_path / "r", [*first, again, train_line(250, 7.0)]),))[0]
+    assert run.train["step"].tolist() == [100, 200, 250]
+
+
 def test_damaged_lines_are_skipped_and_counted(tmp_path, capsys):
     half = json.dumps(train_line(20)).encode()[:40]
     lines = [
@@ -495,6 +503,22 @@ def test_sweeps_at_equal_tokens_and_at_equal_time_are_drawn_apart(tmp_path, monk
     assert "20,000 tokens of the first preset, its time for the others" in texts_of(fig)
 
 
+def test_two_sweeps_of_one_kind_are_never_paired_and_each_has_its_largest_budget(tmp_path, monkeypatch, capsys):
+    small, large = make_sweep(tmp_path / "small"), make_sweep(tmp_path / "large", variants=("", "wide", "adamw"))
+    records = Path(large, "records.jsonl")
+    own = [r for line in records.read_text().splitlines() if (r := json.loads(line))["type"] == "sweep"]
+    moved = [r | {"budget": 7 * r["budget"], "value": r["value"] + r["seed"]} for r in own]
+    records.write_text("".join(json.dumps(r) + "\n" for r in moved))
+    fig = drawn(monkeypatch, plots.ablation, (small, large), out=str(tmp_path / "p.png"))
+    below = [ax.get_xlabel().split("\n")[1] for ax in fig.axes[::2]]
+    assert below == ["at equal tokens, small", "at equal tokens, large"]
+    for ax, gains in zip(fig.axes[::2], ([-0.12, -0.24], [-0.24, -0.12])):  # rows: adamw, wide
+        assert [round(c.lines[0].get_xdata()[0], 6) for c in ax.containers[:2]] == gains
+    assert "20,000 tokens, 140,000 tokens" in texts_of(fig)
+    drawn(monkeypatch, plots.ablation, (small, large), out=str(tmp_path / "p.png"), budget=20_000)
+    assert "no variant with that budget, left out: " in capsys.readouterr().err
+
+
 def test_an_effect_that_may_be_chance_has_a_hollow_marker_and_one_seed_no_bar(tmp_path, monkeypatch):
     folder = tmp_path / "s"
     folder.mkdir()
@@ -553,6 +577,15 @@ def test_runs_of_so_many_minutes_are_averaged_at_the_same_minute(tmp_path):
     first, second = plots.points(found, "pretrain_seconds")
     assert (first.at, first.n_runs, first.x, first.y) == (1.0, 2, 61.5, pytest.approx(0.65))
     assert (second.at, second.n_runs) == (2.0, 2)
+
+
+def test_two_checkpoints_of_one_planned_minute_are_not_two_replicates(tmp_path):
+    glue = [glue_line(s, 0.5 + s / 1000, pretrain_seconds=s) for s in (60, 118, 120)]
+    run = configured(make_run(tmp_path / "r", [], glue), max_minutes=2, seed=1)
+    found, _ = plots.pareto_records(plots.load((run,)), "glue", "seconds", "", "family")
+    first, second = plots.points(found, "pretrain_seconds")
+    assert (second.at, second.n_seeds, second.y) == (2.0, 1, pytest.approx(0.62))
+    assert first.at == 1.0
 
 
 def test_a_sweeps_records_draw_what_its_run_folders_would(tmp_path, monkeypatch, capsys):

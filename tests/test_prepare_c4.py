@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,6 +165,16 @@ def test_hugging_face_tokenizer_is_used_as_it_is(wordpiece, texts, tmp_path):
     assert meta["vocab_size"] == again.vocab_size == ours.vocab_size
     corpus = Corpus(tmp_path / "o")
     assert again.decode(corpus[0]) in [ours.decode(ours.encode(t)) for t in texts]
+
+
+def test_a_tokenizer_that_has_changed_under_its_name_is_not_taken_for_the_one_that_was_used(wordpiece, texts, tmp_path):
+    mine = Path(shutil.copy(wordpiece, tmp_path))
+    config = settings(write_jsonl(tmp_path / "c.jsonl", texts), tmp_path / "o", tokenizer=str(mine))
+    prepare(config)
+    prepare(config)
+    mine.write_text(mine.read_text().replace('"the"', '"tha"'))
+    with pytest.raises(ValueError, match=r"o was made with another tokenizer than .* has now; choose another --out"):
+        prepare(config)
 
 
 def test_damaged_tokenizer_is_named(tokenizer, tmp_path):

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from conftest import some_documents
 from safetensors.torch import load_file
@@ -682,7 +683,7 @@ def test_a_branch_where_the_cooldown_begins_ends_with_the_weights_of_the_run_its
     for step in a:
         for k in ("tokens", "loss", "lr", "masking", "batch_tokens"):
             assert a[step][k] == pytest.approx(b[step][k], abs=1e-4), (step, k)
-    own = {"name", "cooldown_from"}
+    own = {"name", "cooldown_from", "began_from"}
     assert {k for k, v in settings(folder).items() if v != settings(stem)[k]} == own
     paid, progress = (
         json.loads((f / f"ckpt/step_{s:08d}/progress.json").read_text()) for f, s in ((stem, 40), (folder, 50))
@@ -722,10 +723,11 @@ def test_a_branch_may_differ_in_any_other_setting(stem, other_corpus, tmp_path, 
     folder = tmp_path / "nano-tiny-cooldown-40"
     ours, theirs = settings(folder), settings(stem)
     assert {k for k, v in ours.items() if v != theirs[k]} == {
-        "name", "cooldown_from", "data", "corpus", "cooldown", "out", "eval_tokens"
+        "name", "cooldown_from", "began_from", "data", "corpus", "cooldown", "out", "eval_tokens"
     }  # fmt: skip
     train = records(folder, "train")
     assert max(train) == 80, "half of the new whole"
+    assert train[41]["lr"] == pytest.approx(records(stem, "train")[40]["lr"]), "from the stem's at once"
     assert train[41]["loss"] != records(stem, "train")[41]["loss"]
 
 
@@ -764,6 +766,7 @@ def test_a_branch_of_a_branch_goes_on_from_its_learning_rate(stem, tmp_path, her
         ("nano-tiny --cooldown-from=no/such/run", "no/such/run: no checkpoint"),
         ("nano-tiny --cooldown_from", "no checkpoint"),
         ("nano-tiny --cooldown_from STEM --cooldown 0", "needs a --cooldown above 0"),
+        ("nano-tiny --cooldown_from STEM --max_steps 60", "--cooldown alone says how long a cool-down is"),
         ("nano-tiny --cooldown_from STEM --start_from elsewhere", "give one of them"),
         ("nano-tiny --cooldown_from STEM --data FOREIGN", "tokenizer"),
     ],
@@ -998,7 +1001,6 @@ def test_evaluation_is_the_same_whatever_the_training_settings(stem, corpus_dir,
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory) -> Path:
     """A BERT as transformers saves it, with a WordPiece vocabulary: 640 rows for 600 tokens."""
-    import tokenizers
     from transformers import BertConfig, BertForMaskedLM
 
     folder = tmp_path_factory.mktemp("bert")
@@ -1061,6 +1063,48 @@ def test_weights_that_do_not_fit_the_data_are_one_line(
         here(command(folder, tmp_path / "runs", f"{START} --start_from {source} {more}"))
     assert message in one_line(e) and (more or str(source) in one_line(e))
     assert not (tmp_path / "runs").exists()
+
+
+def test_weights_without_a_tokenizer_need_data_in_bert_base_uncaseds(corpus_dir, tmp_path, here):
+    """As the official MosaicBERT comes: 30,528 rows, as many as prepare_c4.py's own vocabularies have entries."""
+    tokenizer = Tokenizer.load(corpus_dir)
+    shape = dict(n_layers=1, n_heads=2, d_model=32, d_ff=48)
+    MaskedLM(EncoderConfig(vocab_size=tokenizer.vocab_size, **shape)).save_pretrained(tmp_path / "official")
+    with pytest.raises(SystemExit) as e:
+        here(command(corpus_dir, tmp_path / "runs", f"{START} --start_from {tmp_path / 'official'}"))
+    assert "trained with another tokenizer (none is beside it, so bert-base-uncased's) than" in one_line(e)
+    names = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]"}
+    vocabulary = {names.get(i, f"w{i}"): i for i in range(200)}
+    uncased = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    uncased.save(str(tmp_path / "tokenizer.json"))
+    MaskedLM(EncoderConfig(vocab_size=200, **shape)).save_pretrained(tmp_path / "official")
+    loaded = pretrain.load_start(str(tmp_path / "official"), Tokenizer.load(tmp_path / "tokenizer.json"), "data")
+    assert loaded.cfg.padded_vocab_size >= 200
+
+
+def test_a_run_knows_the_weights_it_began_from(stem, corpus_dir, tmp_path, here):
+    shutil.copytree(stem, tmp_path / "first")
+    argv = command(corpus_dir, tmp_path, f"{START} --start_from {tmp_path / 'first'} --name second")
+    here(argv)
+    assert settings(tmp_path / "second")["began_from"][0].endswith("first/ckpt/step_00000050")
+    shutil.copytree(tmp_path / "first/ckpt/step_00000050", tmp_path / "first/ckpt/step_00000060")
+    assert "is finished" in here(argv), "that the first was trained further changes nothing"
+    progress = tmp_path / "first/ckpt/step_00000050/progress.json"
+    progress.write_text(progress.read_text().replace('"train_seconds": ', '"train_seconds": 1'))  # trained anew
+    with pytest.raises(SystemExit) as e:
+        here(argv)
+    assert "second began from other weights than" in one_line(e)
+
+
+def test_a_branch_of_a_run_whose_corpus_was_prepared_anew_is_refused(stem, tmp_path, here):
+    shutil.copytree(stem, tmp_path / "first")
+    config = tmp_path / "first/config.json"
+    facts = json.loads(config.read_text())
+    facts["train"]["corpus"] = ["0123456789abcdef"]
+    config.write_text(json.dumps(facts))
+    with pytest.raises(SystemExit) as e:
+        here(branch(tmp_path / "first", 40, "--out", str(tmp_path / "runs")))
+    assert "not the corpus" in one_line(e) and not (tmp_path / "runs").exists()
 
 
 # ----------------------------------------------------------------------------- Weights & Biases

@@ -7,6 +7,7 @@ slow, runs the real ones.
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,10 +24,12 @@ REPO = Path(sweep.__file__).parent
 # A stand-in trains nothing: it writes what the real one would, counts its calls, and can be told to fail or to wait.
 RECIPES = """
 from dataclasses import dataclass
+from pathlib import Path
 @dataclass
 class TrainConfig:
     lr: float = 1.0
     batch_tokens: int = 100
+    warmup: float = 0.06
     cooldown: float = 0.2
     schedule: str = "linear"
     masking: str = "constant:0.3"
@@ -44,8 +47,10 @@ class TrainConfig:
     log_every: int = 10
     eval_tokens: int = 1
     pppl_tokens: int = 0
+FREE_TO_CHANGE = {"eval_every", "log_every"}
 def make_presets():
-    return {"mosaic-tiny": ("", TrainConfig()), "bert-tiny": ("", TrainConfig())}
+    new = TrainConfig(masking="constant:0.4") if Path("new-recipe").exists() else TrainConfig()
+    return {"mosaic-tiny": ("", new), "bert-tiny": ("", TrainConfig())}
 def check_config(cfg, world_size):
     pass
 def mean_masking_rate(spec):
@@ -53,6 +58,7 @@ def mean_masking_rate(spec):
 """
 PRETRAIN = """
 import json, os, sys, time, tyro
+from dataclasses import asdict
 from pathlib import Path
 from recipes import make_presets
 preset, cfg = sys.argv[1], tyro.extras.overridable_config_cli(make_presets(), use_underscores=True)
@@ -79,8 +85,13 @@ if cfg.cooldown_from:
     old = json.loads((origin / "progress.json").read_text())
     cfg.batch_tokens, cfg.seed, cfg.cooldown = old["batch_tokens"], old["seed"], old["cooldown"]
     tokens = round(old["tokens"] / (1 - cfg.cooldown))
+    config = json.loads((origin.parents[1] / "config.json").read_text())
 else:
     tokens = cfg.max_tokens or cfg.max_steps * cfg.batch_tokens
+    corpus = Path("corpus").read_text() if Path("corpus").exists() else "a"
+    config = {"train": asdict(cfg) | {"corpus": [corpus]}}
+run.mkdir(parents=True, exist_ok=True)
+(run / "config.json").write_text(json.dumps(config))
 every = int(cfg.checkpoint_every) if cfg.checkpoint_every >= 1 else 10**9
 last = -(-tokens // cfg.batch_tokens)
 def save(step):
@@ -106,6 +117,7 @@ FINETUNE = """
 import json, shlex, sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 import tyro
 
 @dataclass
@@ -114,6 +126,9 @@ class Config:
     task: str = "RTE,CoLA"
     eval: str = ""
     lr: float = 0.0
+
+def pick_tasks(cfg):
+    return [SimpleNamespace(name=name) for name in cfg.task.split(",")]
 
 if __name__ == "__main__":
     cfg = tyro.cli(Config)
@@ -275,8 +290,41 @@ def test_tasks_can_be_fine_tuned_by_several_calls_one_after_the_other(stand_ins)
     assert [c.split()[0] for c in calls(stand_ins)] == ["mosaic-tiny-s1-10K", "finetune", "finetune"]
     values = {r["metric"]: r["values"] for r in rows(stand_ins) if "values" in r}
     assert values == {"RTE": [0.62, 0.64], "CoLA": pytest.approx([0.72, 0.74])}
+    said = run(stand_ins, *args, "--finetune=--task CoLA,RTE --lr 0.1", code=1)
+    assert said == "error: two --finetune are for RTE; their scores would be mixed\n"
     said = run(stand_ins, *args, "--finetune=--task 'RTE", code=1)
     assert said.splitlines()[-1] == "error: --finetune: --task 'RTE: No closing quotation"
+
+
+def test_what_has_changed_or_gone_since_is_not_taken_for_done(stand_ins):
+    args = ["mosaic-tiny", "--seeds", 1, 2, "--budgets", 10_000, "--finetune=--task RTE"]
+    run(stand_ins, *args)
+    shutil.rmtree(stand_ins / "runs/sweep/mosaic-tiny-s1-10K/ckpt")
+    (stand_ins / "calls").unlink()
+    run(stand_ins, *args)
+    assert [c.split()[0] for c in calls(stand_ins)] == ["mosaic-tiny-s1-10K"]
+    progress = stand_ins / "runs/sweep/mosaic-tiny-s2-10K/ckpt/step_00000100/progress.json"
+    progress.write_text(json.dumps(json.loads(progress.read_text()) | {"train_seconds": 7.0}))  # trained anew
+    run(stand_ins, *args)
+    assert [c.split() for c in calls(stand_ins)][1:] == [["finetune", "mosaic-tiny-s2-10K"]]
+
+    (stand_ins / "new-recipe").touch()  # the preset is another one now: old runs are not its base
+    said = run(stand_ins, *args, "--vary", "fast:lr=3", code=1)
+    assert "mosaic-tiny-s1-10K was trained with other settings (masking); delete it or give another --name" in said
+    assert {r["arm"] for r in rows(stand_ins) if r["metric"] == "RTE"} == {"mosaic-tiny", "mosaic-tiny+fast"}
+    (stand_ins / "new-recipe").unlink()
+    (stand_ins / "corpus").write_text("b")  # prepared anew under its name
+    said = run(stand_ins, *args, "--vary", "slow:lr=0.1", code=1)
+    assert "were trained on different corpora of one name; delete one" in said
+
+
+def test_losses_on_other_held_out_text_are_not_compared(stand_ins):
+    args = ["mosaic-tiny", "--seeds", 1, "--budgets", 10_000, "--vary", "long:seq_len=256"]
+    assert "losses are on other text; add --finetune" in run(stand_ins, *args, code=1)
+    run(stand_ins, *args, "--finetune=--task RTE")
+    assert {(r["arm"], r["metric"]) for r in rows(stand_ins)} == {
+        ("mosaic-tiny", "loss"), ("mosaic-tiny", "accuracy"), ("mosaic-tiny", "RTE"), ("mosaic-tiny+long", "RTE")
+    }  # fmt: skip
 
 
 def test_a_killed_sweep_continues_and_its_orphaned_script_is_waited_for(stand_ins):
@@ -369,6 +417,7 @@ def test_other_settings_under_the_same_name_are_refused(stand_ins):
         (dict(budgets=(1e6, 1e6)), "different whole numbers"),
         (dict(budgets=(1_000_001, 2_000_000)), "more than 100 checkpoints"),
         (dict(budgets=(5000, 10000)), "multiples of 20,480 tokens"),
+        (dict(budgets=(2_048_000, 65_536_000)), "branch off in the warm-up"),
     ],
 )
 def test_bad_input_is_one_line(settings, says):
