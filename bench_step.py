@@ -43,7 +43,9 @@ class Config:
     sizes: tuple[Literal["base", "large", "small", "tiny"], ...] = ()  # default: base large on a GPU, small elsewhere
     seq_lens: tuple[int, ...] = (128, 512)  # documents are cut here, and the peers' padded to it
     data: str = ""  # folder made by prepare_c4.py; default: random ids in documents as long as C4's, 30,528 entries
-    micro_tokens: int = 0  # real tokens of a step; default: what pretrain.py's preset of that size has
+    # real tokens of a step; default: 32,768 on a GPU (an eager peer of base size needs some 40 GB for them), else what
+    # pretrain.py's preset of that size has
+    micro_tokens: int = 0
     dropout: float = 0.1  # of every contender; the attention's too, except in the MosaicBERT shape and ModernBERT
     compile: Literal["both", "on", "off"] = "both"
     rounds: int = 5  # each contender has one turn in each
@@ -183,7 +185,8 @@ def theirs(cfg: Config, family: str, size: str, seq_len: int, compiled: bool, so
         dropouts = dict(embedding_dropout=cfg.dropout, mlp_dropout=cfg.dropout)
         ends = dict(cls_token_id=tokenizer.cls_id, sep_token_id=tokenizer.sep_id)
         ends |= dict(bos_token_id=tokenizer.cls_id, eos_token_id=tokenizer.sep_id)
-        model = transformers.ModernBertForMaskedLM(transformers.ModernBertConfig(**same, **dropouts, **ends))
+        sparse = dict(sparse_prediction=True)  # its head on the masked tokens only, as ours and as its authors train
+        model = transformers.ModernBertForMaskedLM(transformers.ModernBertConfig(**same, **dropouts, **ends, **sparse))
     model.to(device).train()
     forward = torch.compile(model) if compiled else model
     plan = Batches([corpus], tokenizer, seq_len, recipe.micro_tokens, "first", recipe.seed)
@@ -293,6 +296,7 @@ def compare(cfg: Config, size: str, seq_len: int, source, device: torch.device, 
             take_turn(c, 1, device, dtype, pool)
             c.first_step = time.perf_counter() - start
             take_turn(c, cfg.warmup, device, dtype, pool)
+            print(f"{c.name}: first step {c.first_step:.1f} s", flush=True)
             c.peak, c.resident = 0, torch.cuda.memory_allocated() - before if device.type == "cuda" else 0
             running.append(c)
         except Exception as error:  # whatever a contender raises is the finding
@@ -369,6 +373,8 @@ def run(cfg: Config) -> dict:
     except ValueError as e:
         raise SystemExit(f"error: {e}") from None
     dtype = pick_dtype(cfg.dtype, device)
+    if device.type == "cuda" and not cfg.micro_tokens:
+        cfg = replace(cfg, micro_tokens=32_768)
     sizes = cfg.sizes or (("base", "large") if device.type == "cuda" else ("small",))
     print(f"{device_name()}, {torch.get_num_threads()} threads, {dtype}, dropout {cfg.dropout}")
     results = []

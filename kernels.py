@@ -253,6 +253,21 @@ def _attention_backward_reference(dout, qkv, out, lse, cu_seqlens, slopes, dropo
     return dqkv
 
 
+def _attention_padded(qkv, cu_seqlens, max_seqlen, dropout_p):
+    """Attention as one padded batch (B, max_seqlen) through PyTorch's own: out (T, H, D). For BERT on a GPU, whose
+    dropout of the attention weights the Triton kernel does not have; unlike the reference it never waits for the host.
+    Dropout follows torch's generator of the device."""
+    cu, row = cu_seqlens.long(), torch.arange(len(qkv), device=qkv.device)
+    B = len(cu) - 1
+    document = torch.bucketize(row, cu[1:], right=True)  # B for rows behind the last document
+    place = torch.where(document < B, document * max_seqlen + row - cu[document], -1)
+    padded = scatter_rows(qkv, place, B * max_seqlen).unflatten(0, (B, max_seqlen))
+    q, k, v = padded.permute(2, 0, 3, 1, 4)  # (B, H, S, D) each
+    real = torch.arange(max_seqlen, device=qkv.device) < cu.diff()[:, None]  # (B, S)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=real[:, None, None], dropout_p=dropout_p)
+    return gather_rows(out.transpose(1, 2).flatten(0, 1), place)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention: Triton
 # ---------------------------------------------------------------------------------------------------------------------
@@ -746,16 +761,18 @@ def varlen_attention(
     slopes      (H,) fp32 (`alibi_slopes`), or None for no bias; never given a gradient
     tiles       the work list of `attention_tiles`, on qkv's device; None launches a rectangular grid
     dropout_p   dropout of the attention weights, reference only; `seed` (0-dim int64 CPU tensor) fixes the mask and
-                is drawn from torch's CPU generator when None
-    backend     "auto" (CUDA with triton: triton; else reference), "triton" or "reference"
+                is drawn from torch's CPU generator when None (on CUDA without slopes: torch's CUDA generator decides)
+    backend     "auto" (CUDA with triton: triton; else reference), "triton" or "reference", which on CUDA without
+                slopes is PyTorch's own attention on a padded batch
 
     ValueError, in one line, for an argument that breaks the above."""
     use_triton = _use_triton(qkv, backend)
-    if dropout_p > 0:
-        if use_triton:
-            raise ValueError('varlen_attention: the Triton kernel has no dropout; set it to 0 or backend="reference"')
-        if seed is None:
-            seed = torch.randint(2**62, (), dtype=torch.int64)
+    if dropout_p > 0 and use_triton:
+        raise ValueError('varlen_attention: the Triton kernel has no dropout; set it to 0 or backend="reference"')
+    if qkv.is_cuda and not use_triton and slopes is None:
+        return _attention_padded(qkv, cu_seqlens, max_seqlen, dropout_p)
+    if dropout_p > 0 and seed is None:
+        seed = torch.randint(2**62, (), dtype=torch.int64)
     out, _ = _attention(qkv, cu_seqlens, slopes, tiles, seed, max_seqlen, dropout_p, use_triton)
     return out
 

@@ -476,10 +476,12 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     model.train()
 
     over = over_at(step, tokens, seconds)  # not the clock: ranks must agree
-    if use_compile:  # one forward and backward for nothing, so that compilation is not counted as training
+    if use_compile or use_triton:  # one forward and backward for nothing: compilation is not counted as training
         loss_of(micro + rank, *ahead.result(), cfg.seed, masking_rate(cfg.masking, 0.5), batches)[0].backward()
         for p in model.parameters():
             p.grad = None
+        if gpus:
+            torch.cuda.synchronize()
     clock = Clock(seconds, device)
     clock.start()
     window = torch.zeros(2, dtype=torch.float64, device=sums_device)  # loss summed, right guesses

@@ -335,6 +335,34 @@ def test_gather_and_scatter_move_rows_and_their_gradients(shape, dtype):
     assert torch.equal(grad[kept], x[index[kept]]) and (grad[~kept] == 0).all()
 
 
+@pytest.mark.parametrize("lengths", [[5], [3, 9, 1, 7], [4, 0, 6]])
+def test_the_padded_attention_of_bert_on_a_gpu_is_the_reference(lengths):
+    """Its device-independent arithmetic, on a CPU: with rows behind the last document and with a longer bound."""
+    T, S = sum(lengths) + 3, max(lengths) + 2
+    cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    qkv = torch.randn(T, 3, 2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    results = []
+    for attention in (kernels.varlen_attention, lambda x, cu, S: kernels._attention_padded(x, cu, S, 0.0)):
+        x = qkv.clone().requires_grad_()
+        out = attention(x, cu, S)
+        out[: sum(lengths)].square().sum().backward()
+        results.append((out.detach(), x.grad))
+    torch.testing.assert_close(*results)
+    assert not results[1][0][sum(lengths) :].any() and not results[1][1][sum(lengths) :].any()
+
+
+def test_the_padded_attention_of_bert_on_a_gpu_drops_weights_and_keeps_their_mean():
+    T, lengths = 96, [40, 56]
+    cu = torch.tensor([0, 40, 96], dtype=torch.int32)
+    qkv = torch.zeros(T, 3, 2, 16)
+    qkv[:, 2] = 1.0
+    torch.manual_seed(0)
+    out = torch.stack([kernels._attention_padded(qkv, cu, 56, 0.1) for _ in range(50)])
+    assert out.mean().item() == pytest.approx(1.0, abs=5e-3)
+    for n, part in zip(lengths, out.split(lengths, dim=1)):  # a mean of n weights, each kept with p 0.9 and / 0.9
+        assert part.std().item() == pytest.approx((0.1 / 0.9 / n) ** 0.5, rel=0.1)
+
+
 def test_unpad_then_pad_is_the_identity_on_real_tokens():
     mask = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 0, 0, 0], [1, 0, 1, 1, 1]])
     x = torch.randn(3, 5, 4, requires_grad=True)

@@ -163,6 +163,22 @@ def test_compiled_training_step_makes_no_host_synchronisation():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_berts_attention_is_torchs_and_with_dropout_it_never_waits_for_the_gpu(compiled):
+    lengths = [100, 300, 28]
+    (qkv, dout), cu = draw(lengths, 12, 64), offsets(lengths)
+    assert_at_most_twice_torchs_error(qkv, dout, lengths, None, backend="reference")
+    attention = lambda x: varlen_attention(x * 2, cu, 300, dropout_p=0.1, backend="reference")
+    f = torch.compile(attention, fullgraph=True) if compiled else attention
+    f(qkv.requires_grad_()).backward(dout)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        f(qkv).backward(dout)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.slow
 def test_sixty_seconds_of_random_shapes():
     rng, until, seed = random.Random(0), time.monotonic() + 60, 0

@@ -662,6 +662,17 @@ def test_skip_nan_on_two_processes_skips_on_both_and_names_the_rank(corpus_dir, 
     assert all(torch.equal(before[k], at[k]) for k in before)
 
 
+@pytest.mark.slow
+def test_two_compiled_processes_have_the_curve_of_eager_ones(corpus_dir, tmp_path):
+    """DistributedDataParallel cuts the compiled graph at its buckets of gradients."""
+    args = f"{FAST} --max_steps 8 --eval_every 8 --micro_tokens 256 --optimizer adamw --lr 1e-2"
+    for mode in ("off", "on"):
+        run(corpus_dir, tmp_path / mode, f"{args} --compile {mode}", procs=2)
+    eager, compiled = (losses(tmp_path / mode / "mosaic-tiny") for mode in ("off", "on"))
+    assert eager[0] - eager[-1] > 0.1
+    torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=0)
+
+
 # ----------------------------------------------------------------------------- cool-down branches
 
 
