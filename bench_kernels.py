@@ -346,9 +346,14 @@ def run(cfg: Config) -> None:
     timer = Timer(cfg.repeats)
     roofline = measured_roofline(timer)
     print(f"roofline of this run: {roofline['tflops']:.0f} TFLOP/s, {roofline['gb_per_s']:.0f} GB/s")
-    report = {"settings": asdict(cfg), "roofline": roofline, "attention": [], "matmul": [], "pointwise": []}
-    attention = [("attention", lambda n=n: bench_attention(cfg, timer, roofline, n)) for n in cfg.lengths]
-    rest = [("matmul", bench_matmul), ("pointwise", bench_pointwise)]
-    for part, bench in attention + [(part, lambda bench=bench: bench(cfg, timer, roofline)) for part, bench in rest]:
-        report[part] += bench()
-        print(f"wrote {write_report('kernels', report, cfg.out)}", flush=True)  # a kill loses the rest only
+    report = {"settings": asdict(cfg), "roofline": roofline, "attention": []}
+
+    def write() -> None:  # after each part: a kill loses the rest only
+        print(f"wrote {write_report('kernels', report, cfg.out)}", flush=True)
+
+    for n in cfg.lengths:
+        report["attention"] += bench_attention(cfg, timer, roofline, n)
+        write()
+    for part, bench in (("matmul", bench_matmul), ("pointwise", bench_pointwise)):
+        report[part] = bench(cfg, timer, roofline)
+        write()

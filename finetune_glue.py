@@ -47,7 +47,7 @@ from flags import read_command_line
 from glue_tasks import Data, Recipe, Split, Task
 from kernels import attention_backend
 from machine import git_revision, pick_device, pick_dtype
-from model import SequenceClassifier, find_checkpoints
+from model import SequenceClassifier, find_checkpoints, weights_checksum
 
 # ----------------------------------------------------------------------------- config
 
@@ -264,9 +264,9 @@ def find_starts(cfg: Config) -> list[Start]:
             # ours state the exact size, official ones may have rounded it up to a multiple of 64 or 128
             if not n or not tokenizer.vocab_size <= n < tokenizer.vocab_size + 128:
                 raise ValueError(f"{folder}: the model has {n} tokens, the tokenizer there {tokenizer.vocab_size}")
-            shape = checksum([folder / "config.json"], zlib.crc32(tokenizer.vocabulary))
-            weights = checksum([folder / "progress.json"] if progress else weight_files(folder), shape)
-            starts.append(Start(folder, run / "glue", run.resolve().name, name, progress, f"{weights:08x}"))
+            shape = zlib.crc32((folder / "config.json").read_bytes(), zlib.crc32(tokenizer.vocabulary))
+            weights = f"{weights_checksum(folder, shape):08x}"
+            starts.append(Start(folder, run / "glue", run.resolve().name, name, progress, weights))
         if cfg.from_scratch:
             starts.append(from_scratch(starts[-1], shape))
     for name in filter(None, cfg.hf.split(",")):
@@ -276,8 +276,8 @@ def find_starts(cfg: Config) -> list[Start]:
         local = Path(name).is_dir()
         run = f"{Path(name).resolve().name if local else name.replace('/', '--')}-transformers"  # not our own BERT's
         out = (Path(name) if local else Path("runs", run)) / "glue"
-        shape = checksum([Path(name, "config.json")] * local, zlib.crc32(tokenizer.vocabulary))
-        weights = checksum(weight_files(Path(name)), shape) if local else zlib.crc32(tokenizer.revision.encode(), shape)
+        shape = zlib.crc32(Path(name, "config.json").read_bytes() if local else b"", zlib.crc32(tokenizer.vocabulary))
+        weights = weights_checksum(Path(name), shape) if local else zlib.crc32(tokenizer.revision.encode(), shape)
         starts.append(Start(Path(name), out, run, run, weights=f"{weights:08x}", hf=name))
         if cfg.from_scratch:
             starts.append(from_scratch(starts[-1], shape))
@@ -288,22 +288,6 @@ def find_starts(cfg: Config) -> list[Start]:
     if twins := [s for s in starts if names.count(s.name) > 1]:
         raise ValueError(f"{twins[0].out.parent} and {twins[1].out.parent} are both called {twins[0].name}; rename one")
     return starts
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files with weights, sorted. ValueError for a folder without any."""
-    if not (files := sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])):
-        raise ValueError(f"{folder} has a config.json, but no weights (*.safetensors, pytorch_model.bin)")
-    return files
-
-
-def checksum(files: list[Path], start: int) -> int:
-    """crc32 of the files' bytes, going on from `start`."""
-    for path in files:
-        with open(path, "rb") as f:
-            while part := f.read(1 << 24):
-                start = zlib.crc32(part, start)
-    return start
 
 
 def from_scratch(start: Start, shape: int) -> Start:

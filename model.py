@@ -24,6 +24,7 @@ import json
 import os
 import pickle
 import re
+import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -651,6 +652,20 @@ def find_folder(path_or_name: str | Path) -> Path:
         return Path(snapshot_download(str(path_or_name), allow_patterns=files))
     except Exception as e:  # the hub client raises a dozen kinds; the user needs one line
         raise ValueError(f"{path_or_name}: neither a folder here nor found on the hub ({type(e).__name__})") from e
+
+
+def weights_checksum(folder: Path, start: int = 0) -> int:
+    """crc32, going on from `start`, of what tells the weights in a folder from others that were there under its name:
+    a checkpoint's progress.json, as no other has cost the same, else the files with weights. ValueError without."""
+    progress = folder / "progress.json"
+    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
+    if not (files := [progress] if progress.is_file() else weights):
+        raise ValueError(f"{folder} has no weights (*.safetensors, pytorch_model.bin)")
+    for path in files:
+        with open(path, "rb") as f:
+            while part := f.read(1 << 24):
+                start = zlib.crc32(part, start)
+    return start
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ from corpus import Corpus, Tokenizer, write_atomically
 from flags import one_line_refusals
 from kernels import attention_backend, attention_tiles
 from machine import git_revision, peak_tflops, pick_device, pick_dtype
-from model import MaskedLM, find_checkpoints, find_folder, flops_per_token
+from model import MaskedLM, find_checkpoints, find_folder, flops_per_token, weights_checksum
 from recipes import (
     FREE_TO_CHANGE,
     Branch,
@@ -73,18 +73,6 @@ EVAL_MICRO_TOKENS = 8_192
 def corpus_digest(folder: str) -> str:
     """Names the exact corpus: meta.json holds a checksum of every file."""
     return hashlib.sha256((Path(folder) / "meta.json").read_bytes()).hexdigest()[:16]
-
-
-def weights_digest(folder: Path) -> str:
-    """Names the weights in a folder: a checkpoint of ours by what it cost, which no other has, a foreign one whole."""
-    progress = folder / "progress.json"
-    files = [progress] if progress.is_file() else sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    digest = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as f:
-            while part := f.read(1 << 24):
-                digest.update(part)
-    return digest.hexdigest()[:16]
 
 
 def open_corpora(folders: list[str]) -> tuple[list[Corpus], list[Corpus], Tokenizer]:
@@ -258,13 +246,16 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         stem_cfg, stem_settings = run_config(stem_run)[1], json.loads((stem_run / "config.json").read_text())["train"]
         if cfg.data == stem_cfg.data and data["corpus"] != stem_settings["corpus"]:
             raise SystemExit(f"error: {', '.join(mixture.folders)}: not the corpus {stem_run} was trained on")
-    if settings["began_from"]:
-        folder, digest = settings["began_from"]
-        if Path(folder).is_dir() and weights_digest(Path(folder)) != digest:
-            raise SystemExit(f"error: {run} began from other weights than {folder} has now; give another --name")
-    elif cfg.cooldown_from or cfg.start_from:
-        source = Path(cfg.cooldown_from) if cfg.cooldown_from else find_folder(cfg.start_from)
-        settings["began_from"] = [str(source), weights_digest(source)]
+    try:
+        if settings["began_from"]:
+            folder, checksum = settings["began_from"]
+            if Path(folder).is_dir() and weights_checksum(Path(folder)) != checksum:
+                raise ValueError(f"{run} began from other weights than {folder} has now; give another --name")
+        elif cfg.cooldown_from or cfg.start_from:
+            source = Path(cfg.cooldown_from) if cfg.cooldown_from else find_folder(cfg.start_from)
+            settings["began_from"] = [str(source), weights_checksum(source)]
+    except ValueError as e:
+        raise SystemExit(f"error: {e}") from None
     if continues:
         now = json.loads(json.dumps(settings))
         differ = [k for k in now if k not in FREE_TO_CHANGE and now[k] != old.get(k)]

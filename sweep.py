@@ -287,17 +287,16 @@ def progress(run: Path) -> dict:
     return read_json(max(run.glob("ckpt/step_????????/progress.json"), default=run / "none"))
 
 
-def settings_of(arm: Arm) -> dict:
-    """What pretrain.py would be told, all defaults included, but for what the sweep or a run's data decide."""
-    settings = {k: v for k, v in asdict(arm.cfg).items() if k not in OURS | FREE_TO_CHANGE}
-    settings["model"] = {k: v for k, v in settings.get("model", {}).items() if k != "vocab_size"}
-    return json.loads(json.dumps(settings))
+def recipe_of(settings: dict) -> dict:
+    """Settings of a run, as JSON has them, without those that the sweep, its data or a mere repetition decide."""
+    recipe = {k: v for k, v in settings.items() if k not in OURS | FREE_TO_CHANGE}
+    recipe["model"] = {k: v for k, v in recipe.get("model", {}).items() if k != "vocab_size"}
+    return json.loads(json.dumps(recipe))
 
 
 def other_settings(job: Job) -> str:
     """The settings in which a finished run differs from its arm today, as when a preset has changed; "" for none."""
-    trained, now = read_json(job.run / "config.json").get("train", {}), settings_of(job.arm)
-    trained["model"] = {k: v for k, v in trained.get("model", {}).items() if k != "vocab_size"}
+    trained, now = (recipe_of(s) for s in (read_json(job.run / "config.json").get("train", {}), asdict(job.arm.cfg)))
     if now.get("start_from"):
         del now["model"]  # those weights bring their own
     return ", ".join(k for k, v in now.items() if trained.get(k) != v)
@@ -336,8 +335,8 @@ def measure_speeds(cfg: Config, arms: list[Arm], state: Path, started: float) ->
     few = ["--log_every", str(max(1, steps // 6)), "--checkpoint_every", "0.99", "--eval_every", "0.99"]
     few += ["--max_steps", str(steps), "--pppl_tokens", "0"]
     with claim(state / "speed.lock", wait=True) as lock:
-        known = read_json(path)
-        words = {arm.name: [device_name(), steps, *data_flags(cfg), json.dumps(settings_of(arm))] for arm in arms}
+        known, here = read_json(path), [device_name(), steps, *data_flags(cfg)]
+        words = {arm.name: [*here, json.dumps(recipe_of(asdict(arm.cfg)))] for arm in arms}
         same = {k: v for k, v in known.items() if v["words"] == words.get(k) and v.get("against") == arms[0].name}
         valid = {k for k, v in same.items() if v.get("ratio") or v.get("failed_at", 0) >= started}
         new = [arm for arm in arms if arm.name not in valid]

@@ -1059,7 +1059,9 @@ def test_bad_settings_get_one_line(run, tmp_path, tokenizer, capsys):
     write_hf_bert(tmp_path / "bert")
     (tmp_path / "bert/model.safetensors").unlink()
     for start in ([], ["--hf"]):
-        assert "bert has a config.json, but no weights" in fails(capsys, [*start, str(tmp_path / "bert"), *task])
+        assert "bert has no weights (*.safetensors, pytorch_model.bin)" in fails(
+            capsys, [*start, str(tmp_path / "bert"), *task]
+        )
 
 
 def test_an_unreachable_hub_gets_one_line(run, capsys, monkeypatch):

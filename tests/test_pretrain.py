@@ -1098,6 +1098,11 @@ def test_a_run_knows_the_weights_it_began_from(stem, corpus_dir, tmp_path, here)
     with pytest.raises(SystemExit) as e:
         here(argv)
     assert "second began from other weights than" in one_line(e)
+    for file in progress.parent.iterdir():
+        file.unlink()
+    with pytest.raises(SystemExit) as e:
+        here(argv)
+    assert "step_00000050 has no weights" in one_line(e)
 
 
 def test_a_branch_of_a_run_whose_corpus_was_prepared_anew_is_refused(stem, tmp_path, here):
