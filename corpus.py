@@ -58,7 +58,7 @@ def to_json(value: object) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, advice: str = "prepare the folder again") -> dict:
     """A small JSON object of ours. BadInput when it is missing or damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -67,7 +67,7 @@ def read_json(path: Path) -> dict:
         problem = "it holds no JSON object"
     except (OSError, ValueError) as e:
         problem = str(e)
-    raise BadInput(f"{path} cannot be read ({problem}); prepare the folder again") from None
+    raise BadInput(f"{path} cannot be read ({problem}); {advice}") from None
 
 
 def valid_unicode(text: str) -> str:
@@ -189,6 +189,15 @@ class Tokenizer:
             raise BadInput(f"no tokenizer at {path}: give a tokenizer.json or a folder made by prepare_c4.py")
         return cls.from_hf(file)
 
+    def same_as(self, other: "Tokenizer") -> bool:
+        """Whether both number the same tokens alike, however their files are written."""
+        if self.hf and other.hf:
+            return self.lowercase == other.lowercase and self.hf.get_vocab() == other.hf.get_vocab()
+        if self.hf or other.hf:  # ours, and what export_hf.py has made of it
+            n = self.vocab_size
+            return n == other.vocab_size and all(self.token_text(i) == other.token_text(i) for i in range(n))
+        return (self.vocabulary, self.meta) == (other.vocabulary, other.meta)
+
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.tiktoken (or tokenizer.json) and tokenizer.meta.json, each whole or not at all."""
         folder = Path(folder)
@@ -285,11 +294,11 @@ class Corpus:
     Opening checks each file's size against meta.json and the tokenizer's checksum; verify=True also reads all shards
     and checks theirs. BadInput (one line naming the file) for what does not match.
 
-    Attributes: folder, tokenizer_dir (Path), split, meta (dict), n_tokens (int).
+    Attributes: folder (Path), split, meta (dict), n_tokens (int).
     """
 
     def __init__(self, folder: str | Path, split: str = "train", verify: bool = False):
-        self.folder = self.tokenizer_dir = Path(folder)
+        self.folder = Path(folder)
         self.split = split
         if not (self.folder / "meta.json").exists():
             if not self.folder.is_dir() or not any(self.folder.iterdir()):
@@ -351,5 +360,5 @@ class Corpus:
 
     @property
     def lengths(self) -> np.ndarray:
-        """(n_docs,) int64: tokens of each document, specials not counted."""
-        return np.concatenate([np.diff(idx) for idx in self.idxs])
+        """(n_docs,) int32: tokens of each document, specials not counted."""
+        return np.concatenate([np.diff(idx).astype(np.int32) for idx in self.idxs])  # 1.5 GB for all of C4

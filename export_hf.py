@@ -28,6 +28,7 @@ from pathlib import Path
 import tokenizers
 import torch
 import tyro
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import decoders, normalizers, pre_tokenizers, processors
 from torch import Tensor
@@ -177,13 +178,15 @@ def fast_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
         for special in tokenizer.meta["special_ids"]:  # " [MASK]": the token it stands for carries its own space
             mask = special == "[MASK]"
             fast.add_special_tokens([tokenizers.AddedToken(special, lstrip=mask, normalized=False, special=True)])
-    if fast.post_processor is None:
+    if fast.encode("").ids != [tokenizer.cls_id, tokenizer.sep_id]:
         cls, sep = (fast.id_to_token(i) for i in (tokenizer.cls_id, tokenizer.sep_id))
-        fast.post_processor = processors.TemplateProcessing(
+        frame = processors.TemplateProcessing(
             single=f"{cls} $A {sep}",
             pair=f"{cls} $A {sep} $B:1 {sep}:1",
             special_tokens=[(cls, tokenizer.cls_id), (sep, tokenizer.sep_id)],
         )
+        own = fast.post_processor  # a byte-level one trims offsets only
+        fast.post_processor = processors.Sequence([own, frame]) if own else frame
     return fast
 
 
@@ -213,13 +216,18 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def labels(model: Pretrained) -> dict:
-    """The part of config.json that says how many classes a classifier has."""
-    names = [f"LABEL_{i}" for i in range(getattr(model, "n_labels", 0))]
-    return {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}} if names else {}
+def label_config(model: Pretrained, config: dict) -> dict:
+    """The part of config.json about a classifier's labels: as the `config` it comes from names them, or numbered."""
+    n, names = getattr(model, "n_labels", 0), config.get("id2label", {})
+    if not n:
+        return {}
+    if set(names) != {str(i) for i in range(n)}:
+        names = {str(i): f"LABEL_{i}" for i in range(n)}
+    kind = {"problem_type": config["problem_type"]} if config.get("problem_type") else {}
+    return {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}} | kind
 
 
-def write_model(model: Pretrained, tokenizer: Tokenizer, folder: Path) -> None:
+def write_model(model: Pretrained, tokenizer: Tokenizer, labels: dict, folder: Path) -> None:
     """config.json, model.safetensors (both readable by model.py as well) and the code."""
     model.save_pretrained(folder)
     name = "NanoMosaicBert"
@@ -229,7 +237,7 @@ def write_model(model: Pretrained, tokenizer: Tokenizer, folder: Path) -> None:
         "auto_map": {auto_class: f"modeling_nanomosaicbert.{name}{end}" for auto_class, end in auto.items()},
         "pad_token_id": tokenizer.pad_id,
         "tie_word_embeddings": model.cfg.tie_head,
-        **labels(model),
+        **labels,
     }
     write_json(folder / "config.json", json.loads((folder / "config.json").read_text()) | extra)
     here = Path(__file__).parent
@@ -256,13 +264,11 @@ BERT_NAMES = {  # ours -> Hugging Face's; query, key and value, one matrix here,
 }
 
 
-def write_bert(model: Pretrained, tokenizer: Tokenizer, folder: Path) -> None:
+def write_bert(model: Pretrained, tokenizer: Tokenizer, labels: dict, folder: Path) -> None:
     """config.json and model.safetensors of transformers' own BERT. ValueError for what is no BERT, naming why."""
     cfg = model.cfg
     dropouts = {cfg.embedding_dropout, cfg.output_dropout, cfg.mlp_dropout}
-    required = {
-        "position": "learned", "mlp": "gelu", "norm": "post", "bias": True, "tie_head": True, "norm_eps": 1e-12,
-    }  # fmt: skip
+    required = {"position": "learned", "mlp": "gelu", "norm": "post", "bias": True, "tie_head": True}
     wrong = [f"{name} is {getattr(cfg, name)}, not {v}" for name, v in required.items() if getattr(cfg, name) != v]
     if wrong or len(dropouts) > 1:
         wrong += ["the three hidden dropouts differ"] * (len(dropouts) > 1)
@@ -292,7 +298,7 @@ def write_bert(model: Pretrained, tokenizer: Tokenizer, folder: Path) -> None:
         "type_vocab_size": cfg.n_token_types,
         "layer_norm_eps": cfg.norm_eps,
         "pad_token_id": tokenizer.pad_id,
-        **labels(model),
+        **labels,
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
@@ -316,6 +322,7 @@ def write_sentence_transformer(model: Pretrained, folder: Path, max_length: int)
 def write_onnx(folder: Path, remote_code: bool) -> None:
     """onnx/model.onnx of the exported model: int64 input_ids, attention_mask, token_type_ids (batch, length) ->
     logits. Weights beyond ONNX's 2 GB are put beside it."""
+    import onnx
     import transformers
 
     end = json.loads((folder / "config.json").read_text())["architectures"][0].split("For")[1]
@@ -341,6 +348,9 @@ def write_onnx(folder: Path, remote_code: bool) -> None:
             input_names=names, output_names=["logits"], dynamic_shapes={n: {0: batch, 1: length} for n in names},
             dynamo=True, external_data=model.num_parameters() * 4 > 1.5e9, verbose=False,
         )  # fmt: skip
+    for put in onnx.load(folder / "onnx/model.onnx", load_external_data=False).graph.input:
+        if not all(axis.dim_param for axis in put.type.tensor_type.shape.dim):
+            raise ValueError(f"--onnx: {put.name} has been traced with a fixed size; this model cannot be exported")
 
 
 # ----------------------------------------------------------------------------- model card
@@ -445,8 +455,9 @@ def export(cfg: Config) -> Path:
     if out.exists():
         raise ValueError(f"--out {out} exists; remove it or give another")
     checkpoint = find_folder(cfg.run)
-    config = read_json(checkpoint / "config.json")
-    kind = config.get("head") or (config.get("architectures") or ["BertForMaskedLM"])[0]
+    config = read_json(checkpoint / "config.json", "give another checkpoint")
+    # an export that transformers has fine-tuned keeps the old "head"; our checkpoints have no architectures
+    kind = (config.get("architectures") or [config.get("head", "BertForMaskedLM")])[0]
     head = next((c for c, end in HEADS.items() if kind == c.__name__ or kind.endswith(end)), None)
     if head is None:
         raise ValueError(f"{checkpoint}: a {kind} cannot be exported, only {', '.join(c.__name__ for c in HEADS)}")
@@ -464,7 +475,7 @@ def export(cfg: Config) -> Path:
     unfinished = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        (write_bert if cfg.bert else write_model)(model, tokenizer, unfinished)
+        (write_bert if cfg.bert else write_model)(model, tokenizer, label_config(model, config), unfinished)
         mask = write_tokenizer(tokenizer, unfinished, max_length)
         if not tokenizer.hf:
             tokenizer.save(unfinished)  # as it was trained, for our own scripts
@@ -486,8 +497,10 @@ def main(args: list[str] | None = None) -> None:
     cfg = read_command_line(Config, args)
     try:
         out = export(cfg)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, SafetensorError) as e:
         raise SystemExit(f"error: {e}") from None
+    except ImportError as e:
+        raise SystemExit(f"error: --onnx needs two more packages; pip install onnx onnxscript ({e})") from None
     print(f"wrote {out}: " + ", ".join(sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())))
 
 

@@ -21,7 +21,6 @@ What MosaicBERT (Portes et al. 2023, arXiv 2312.17482) changes in BERT, and wher
 """
 
 import json
-import os
 import pickle
 import re
 import zlib
@@ -111,6 +110,11 @@ class EncoderConfig:
         return asdict(self)
 
 
+# how a model computes and is trained, but not what its weights are: weights from elsewhere go with any of these
+NOT_IN_THE_WEIGHTS = {
+    "embedding_dropout", "attention_dropout", "output_dropout", "mlp_dropout", "classifier_dropout", "attention",
+    "low_precision_norm", "masked_only_last_layer", "activation_checkpointing",
+}  # fmt: skip
 MOSAIC = dict(position="alibi", mlp="geglu", attention_dropout=0.0, low_precision_norm=True, attention="auto")
 BERT = dict(position="learned", mlp="gelu", attention_dropout=0.1, low_precision_norm=False, attention="reference")
 BASE = dict(n_layers=12, n_heads=12, d_model=768, d_ff=3_072)
@@ -140,7 +144,7 @@ def flops_per_token(cfg: EncoderConfig, s_eff: float, masked_share: float) -> fl
     subtracted, so that the number compares with other codebases.
     """
     d, ff = cfg.d_model, cfg.d_ff
-    per_layer = 4 * d * d + (3 if cfg.mlp == "geglu" else 2) * d * ff
+    per_layer = 4 * d * d + (2 if cfg.mlp == "gelu" else 3) * d * ff
     attention = 12 * cfg.n_layers * d * s_eff
     return 6 * cfg.n_layers * per_layer + attention + 6 * masked_share * (d * d + d * cfg.padded_vocab_size)
 
@@ -248,7 +252,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, cfg: EncoderConfig):
         super().__init__()
-        self.gated = cfg.mlp == "geglu"
+        self.gated = cfg.mlp != "gelu"
         if self.gated:
             self.inp = nn.Linear(cfg.d_model, 2 * cfg.d_ff, bias=False)
         else:
@@ -341,12 +345,18 @@ class Pretrained(nn.Module):
         checkpoint does not have is initialised and named in `.new_keys`. Raises ValueError in one line otherwise.
         """
         folder = find_folder(path_or_name)
-        config = json.loads((folder / "config.json").read_text())
+        try:
+            config = json.loads((folder / "config.json").read_text())
+        except ValueError as e:
+            raise ValueError(f"{folder}/config.json is damaged ({e})") from None
         weights = _read_weights(folder)
         if config.get("model_type") == "nanomosaicbert":
             kwargs = {f.name: config[f.name] for f in fields(EncoderConfig) if f.name in config}
         else:
-            kwargs, weights = _from_hf_layout(config, weights)
+            try:
+                kwargs, weights = _from_hf_layout(config, weights)
+            except KeyError as e:
+                raise ValueError(f"{folder}/config.json has no {e}") from None
         stored = weights.get("classifier.weight")
         if n_labels is None:
             n_labels = None if stored is None else len(stored)
@@ -481,7 +491,7 @@ class MlmHead(nn.Module):
     def __init__(self, cfg: EncoderConfig):
         super().__init__()
         self.dense = nn.Linear(cfg.d_model, cfg.d_model)
-        self.norm = LayerNorm(cfg.d_model, 1e-12, cfg.low_precision_norm)
+        self.norm = LayerNorm(cfg.d_model, cfg.norm_eps, cfg.low_precision_norm)
         self.decoder = nn.Linear(cfg.d_model, cfg.padded_vocab_size)
 
     def transform(self, x: Tensor) -> Tensor:
@@ -614,7 +624,7 @@ class SentenceEmbedder(Pretrained):
         h, cu = self.encoder.flat(**flat).float(), flat["cu_seqlens"].long()
         lengths = cu[1:] - cu[:-1]  # (B,)
         document = torch.repeat_interleave(torch.arange(len(lengths), device=h.device), lengths)  # (T,)
-        sums = h.new_zeros(len(lengths), h.shape[-1]).index_add(0, document, h)
+        sums = h.new_zeros(len(lengths), h.shape[-1]).index_add(0, document, h[: len(document)])
         return F.normalize(sums / lengths.clamp(min=1).unsqueeze(-1), dim=-1)
 
 
@@ -643,7 +653,7 @@ def find_folder(path_or_name: str | Path) -> Path:
     if (path / "config.json").is_file():
         return path
     looks_local = path.exists() or (str(path_or_name).count("/") != 1 and not re.fullmatch(r"[\w.-]+", str(path)))
-    if looks_local or os.environ.get("HF_HUB_OFFLINE") == "1":
+    if looks_local:
         raise ValueError(f"{path_or_name}: no checkpoint here; give a run folder, or one with config.json and weights")
     from huggingface_hub import snapshot_download  # comes with datasets
 
@@ -732,6 +742,7 @@ def _from_hf_layout(config: dict, weights: dict[str, Tensor]) -> tuple[dict, dic
     mosaic = any(name.endswith("attention.self.Wqkv.weight") for name in weights)
     word = out.get("encoder.embeddings.word.weight")
     dropout = config.get("hidden_dropout_prob", 0.1)
+    classifier_dropout = config.get("classifier_dropout")
     attention_dropout = 0.0 if mosaic else config.get("attention_probs_dropout_prob", 0.1)
     kwargs = dict(
         **(MOSAIC if mosaic else BERT),
@@ -747,7 +758,8 @@ def _from_hf_layout(config: dict, weights: dict[str, Tensor]) -> tuple[dict, dic
         embedding_dropout=dropout,
         output_dropout=dropout,
         mlp_dropout=dropout,
-        classifier_dropout=config.get("classifier_dropout") or dropout,
+        classifier_dropout=dropout if classifier_dropout is None else classifier_dropout,
+        tie_head=config.get("tie_word_embeddings", True),
     )
     return kwargs | {"attention_dropout": attention_dropout}, out
 
@@ -762,8 +774,8 @@ def _load_weights(model: Pretrained, weights: dict[str, Tensor], source: str) ->
     own = model.state_dict()
     if "head.decoder.weight" in own and model.cfg.tie_head and "encoder.embeddings.word.weight" in weights:
         weights = {**weights, "head.decoder.weight": weights["encoder.embeddings.word.weight"]}
-    wrong_head = isinstance(model, MaskedLM)  # its head is part of what was pretrained: it must be there
-    missing = [k for k in own if k not in weights and (wrong_head or not re.match(head, k))]
+    needs_head = isinstance(model, MaskedLM)  # its head is part of what was pretrained
+    missing = [k for k in own if k not in weights and (needs_head or not re.match(head, k))]
     unknown = [k for k in weights if k not in own and not re.match(head, k)]
     shapes = [
         f"{k} {tuple(weights[k].shape)} instead of {tuple(own[k].shape)}"

@@ -6,6 +6,8 @@ are flat there too, but a padded batch stays padded, as transformers' own encode
 S long, the padding hidden by the attention's bias. That traces to ONNX and compiles; it saves no padding.
 """
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -70,10 +72,17 @@ class NanoMosaicBertConfig(PretrainedConfig):
         return EncoderConfig(**{name: getattr(self, name) for name in EncoderConfig().to_dict()})
 
 
+def refuse(unused: dict) -> None:
+    """What other models take and these do not: peft and transformers pass it switched off. ValueError for the rest."""
+    if wanted := [name for name, value in unused.items() if value is not None and value is not False]:
+        raise ValueError(f"nanoMosaicBERT models do not take {', '.join(wanted)}")
+
+
 class NanoMosaicBertPreTrainedModel(PreTrainedModel):
     config_class = NanoMosaicBertConfig
     base_model_prefix = "encoder"
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the losses are means: Trainer has to divide by its accumulated batches itself
     _supports_sdpa = True
     _no_split_modules = ["Layer"]  # noqa: RUF012
 
@@ -92,7 +101,7 @@ class NanoMosaicBertPreTrainedModel(PreTrainedModel):
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
         """transformers' own, keeping the rows a multiple of vocab_multiple, as the encoder will expect."""
-        multiple = pad_to_multiple_of or self.config.vocab_multiple
+        multiple = math.lcm(pad_to_multiple_of or 1, self.config.vocab_multiple)
         return super().resize_token_embeddings(new_num_tokens, multiple, mean_resizing)
 
     def _set_gradient_checkpointing(self, enable: bool = True, **_) -> None:
@@ -136,7 +145,9 @@ class NanoMosaicBertModel(NanoMosaicBertPreTrainedModel):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         return_dict: bool | None = None,
+        **unused,
     ):
+        refuse(unused)
         B, S = input_ids.shape
         device = input_ids.device
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
@@ -182,7 +193,9 @@ class NanoMosaicBertForMaskedLM(NanoMosaicBertPreTrainedModel):
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
         return_dict: bool | None = None,
+        **unused,
     ):
+        refuse(unused)
         x = self.encoder(input_ids, attention_mask, token_type_ids).last_hidden_state
         logits = self.head(x)[..., : self.config.vocab_size]
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
@@ -208,12 +221,14 @@ class NanoMosaicBertForSequenceClassification(NanoMosaicBertPreTrainedModel):
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
         return_dict: bool | None = None,
+        **unused,
     ):
+        refuse(unused)
         x = self.encoder(input_ids, attention_mask, token_type_ids).last_hidden_state
         if attention_mask is None:
             x = x[:, 0]
         else:
-            x = x[torch.arange(len(x), device=x.device), attention_mask.int().argmax(1)]
+            x = x[torch.arange(x.shape[0], device=x.device), attention_mask.int().argmax(1)]  # len() is fixed in ONNX
         logits = self.classifier(self.dropout(torch.tanh(self.pooler(x)))).float()
         # regression, one label or several: as config.problem_type says, or the labels' dtype
         loss = None if labels is None else self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
@@ -238,7 +253,9 @@ class NanoMosaicBertForTokenClassification(NanoMosaicBertPreTrainedModel):
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
         return_dict: bool | None = None,
+        **unused,
     ):
+        refuse(unused)
         x = self.encoder(input_ids, attention_mask, token_type_ids).last_hidden_state
         logits = self.classifier(self.dropout(x)).float()
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests download nothing; read when the hub's client is imported
+
 import prepare_c4
 
 C4 = Path(__file__).parents[1] / "../shared/data/c4/c4_train.jsonl"

@@ -230,10 +230,37 @@ def test_trainer_fine_tunes_and_the_result_loads_here_and_there(exported, tmp_pa
         assert_near(SequenceClassifier.from_pretrained(tmp_path / "tuned").eval()(ids, mask), expected)
 
 
-def test_more_tokens_can_be_added_and_saved(exported, tmp_path):
+def test_a_fine_tuned_export_is_exported_again_with_its_labels(exported, tmp_path):
+    names = {0: "neg", 1: "neutral", 2: "pos"}
+    more = dict(num_labels=3, id2label=names, label2id={v: k for k, v in names.items()})
+    model = load("AutoModelForSequenceClassification", exported, problem_type="multi_label_classification", **more)
+    model.save_pretrained(tmp_path / "tuned")
+    load_tokenizer(exported).save_pretrained(tmp_path / "tuned")
+    main([str(tmp_path / "tuned"), "--out", str(tmp_path / "again")])
+    again = load("AutoModelForSequenceClassification", tmp_path / "again")
+    assert again.config.id2label == names and again.config.problem_type == "multi_label_classification"
+    ids, mask, types = batch()
+    with torch.no_grad():
+        assert_near(again(ids, mask, types).logits, model(ids, mask, types).logits)
+
+
+def test_arguments_of_other_models_may_be_given_switched_off(exported):
+    """peft and transformers' pipelines do."""
+    ids, mask, _ = batch()
+    for auto in ("", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"):
+        model = load(f"AutoModel{auto}", exported)
+        plain = model(ids, mask, return_dict=False)[0]
+        off = dict(inputs_embeds=None, output_attentions=False, output_hidden_states=None)
+        assert torch.equal(model(ids, mask, return_dict=False, **off)[0], plain)
+        with pytest.raises(ValueError, match="do not take output_hidden_states"):
+            model(ids, mask, output_hidden_states=True)
+
+
+@pytest.mark.parametrize("multiple", [None, 8, 48])
+def test_more_tokens_can_be_added_and_saved(exported, tmp_path, multiple):
     model = load("AutoModelForMaskedLM", exported)
     before = model(batch()[0]).logits
-    model.resize_token_embeddings(before.shape[-1] + 40)
+    model.resize_token_embeddings(before.shape[-1] + 40, pad_to_multiple_of=multiple)
     model.save_pretrained(tmp_path / "larger")
     after = load("AutoModelForMaskedLM", tmp_path / "larger")(batch()[0]).logits
     assert after.shape[-1] >= before.shape[-1] + 40
@@ -364,6 +391,24 @@ def test_a_hugging_face_tokenizer_is_passed_through(tmp_path):
     assert fast(["a", "b c d"], padding=True)["input_ids"][0][-1] == ours.pad_id
 
 
+def test_a_byte_level_tokenizer_of_others_frames_texts_too(tmp_path):
+    """RoBERTa's kind: its post-processor only trims offsets, so [CLS] and [SEP] have to be added."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    learner = ByteLevelBPETokenizer()
+    specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    learner.train_from_iterator(some_documents(100), 400, special_tokens=specials, show_progress=False)
+    learner.save(str(tmp_path / "tokenizer.json"))
+    ours = Tokenizer.load(tmp_path / "tokenizer.json")
+    checkpoint(tmp_path / "in", ours, random_mlm(ours))
+    main([str(tmp_path / "in"), "--out", str(tmp_path / "out")])
+    fast = load_tokenizer(tmp_path / "out")
+    for text in ("the cat", ""):
+        assert fast(text)["input_ids"] == [ours.cls_id, *ours.encode(text), ours.sep_id]
+    assert Tokenizer.load(tmp_path / "out").same_as(ours), "our own scripts take it for what it is"
+    assert not Tokenizer.load(wordpiece(tmp_path)).same_as(ours)
+
+
 # ----------------------------------------------------------------------------- pipelines, sentences, ONNX
 
 
@@ -412,6 +457,32 @@ def test_onnx_runs_any_batch_and_length_with_our_logits(run, exported, shape):
     assert logits.isfinite().all()
     ours = MaskedLM.from_pretrained(run).eval()(ids, mask, types).detach()[..., : logits.shape[-1]]
     torch.testing.assert_close(logits[mask.bool()], ours[mask.bool()], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("cls", [SequenceClassifier, TokenClassifier])
+def test_classifiers_run_in_onnx_for_any_batch(run, tokenizer, tmp_path, cls):
+    import onnxruntime
+
+    ours = randomized(cls.from_pretrained(run, n_labels=3))
+    checkpoint(tmp_path / "in", tokenizer, ours)
+    main([str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--onnx"])
+    session = onnxruntime.InferenceSession(tmp_path / "out/onnx/model.onnx", providers=["CPUExecutionProvider"])
+    for n in (1, 2, 4):
+        ids, mask, types = (x[:n] for x in batch("left"))
+        inputs = {"input_ids": ids.numpy(), "attention_mask": mask.numpy(), "token_type_ids": types.numpy()}
+        logits = torch.from_numpy(session.run(["logits"], inputs)[0])
+        real = mask.bool() if cls is TokenClassifier else ...
+        torch.testing.assert_close(logits[real], ours(ids, mask, types).detach()[real], atol=1e-4, rtol=0)
+
+
+def test_an_onnx_graph_of_one_batch_size_is_refused(run, tokenizer, tmp_path, monkeypatch):
+    checkpoint(tmp_path / "in", tokenizer, randomized(SequenceClassifier.from_pretrained(run, n_labels=3)))
+    fixed = (ROOT / "modeling_hf.py").read_text().replace("torch.arange(x.shape[0],", "torch.arange(len(x),")
+    source = export_hf.modeling_source
+    monkeypatch.setattr(export_hf, "modeling_source", lambda model, kernels, _: source(model, kernels, fixed))
+    with pytest.raises(SystemExit, match="input_ids has been traced with a fixed size"):
+        main([str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--onnx"])
+    assert not (tmp_path / "out").exists()
 
 
 # ----------------------------------------------------------------------------- continued pretraining
@@ -539,8 +610,7 @@ def test_the_model_card_holds_the_runs_facts(run, exported):
         assert fact in card, fact
 
 
-def test_bad_input_gets_one_line_and_leaves_nothing(run, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_bad_input_gets_one_line_and_leaves_nothing(run, tokenizer, tmp_path):
     bert = checkpoint(tmp_path / "in-bert", tokenizer, random_mlm(tokenizer, **BERT))
     bare = tmp_path / "in-bare"
     random_mlm(tokenizer).save_pretrained(bare)
@@ -549,7 +619,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing(run, tokenizer, tmp_path, mo
     random_mlm(tokenizer).encoder.save_pretrained(encoder)
     out = tmp_path / "out"
     for args, expected in (
-        (["gone"], "gone: neither|gone: no checkpoint"),
+        ([str(tmp_path / "gone")], "gone: no checkpoint here"),
         ([str(bare)], "no tokenizer at"),
         ([str(small)], "not the one"),
         ([str(encoder)], "a Encoder cannot be exported"),

@@ -146,7 +146,7 @@ def test_without_sentences_it_asks_until_an_empty_line(run, capsys, monkeypatch)
 
 def test_bad_input_gets_one_line(tmp_path, run, capsys):
     for args, expected in (
-        (["gone", "a [MASK]"], "gone"),
+        ([str(tmp_path / "gone"), "a [MASK]"], "gone: no checkpoint here"),
         ([str(tmp_path), "a [MASK]"], "no checkpoint"),
         ([str(run), "nothing hidden"], "no [MASK]"),
         ([str(run), "a [MASK]", "--top_k", "0"], "--top_k 0"),

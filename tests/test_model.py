@@ -18,6 +18,7 @@ from model import (
     SentenceEmbedder,
     SequenceClassifier,
     TokenClassifier,
+    find_folder,
     flops_per_token,
 )
 
@@ -352,6 +353,9 @@ def test_sentence_embedding_is_the_normalised_mean():
     hidden = model.encoder(padded, mask)
     mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
     torch.testing.assert_close(model(padded, mask), F.normalize(mean, dim=-1), atol=1e-6, rtol=1e-5)
+    ids, cu_seqlens = padded[0], torch.tensor([0, 4, 7], dtype=torch.int32)
+    more = model(ids[:10], cu_seqlens=cu_seqlens, max_seqlen=4)  # rows behind the last document are nobody's
+    torch.testing.assert_close(more, model(ids[:7], cu_seqlens=cu_seqlens, max_seqlen=4))
 
 
 @pytest.mark.parametrize("cls", [SequenceClassifier, TokenClassifier])
@@ -591,8 +595,28 @@ def test_pytorch_bin_and_tensorflow_names_load(tmp_path):
 def test_a_pickle_that_is_not_weights_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     torch.save({"x": Path("/")}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(Exception, match=r"(?i)weights"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is damaged"):
         MaskedLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [dict(tie_word_embeddings=False), dict(layer_norm_eps=1e-3)], ids=str)
+def test_an_untied_decoder_and_another_epsilon_of_a_bert_are_kept(tmp_path, changes):
+    from transformers import BertForMaskedLM
+
+    hf = randomize(BertForMaskedLM(hf_config(**changes))).eval()
+    hf.save_pretrained(tmp_path)
+    ids, mask = padded_batch(vocab=97)
+    ours = MaskedLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(ours(ids, mask)[mask.bool()], hf(ids, mask).logits[mask.bool()], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("stated", "meant"), [(None, 0.25), (0.0, 0.0), (0.5, 0.5)])
+def test_a_berts_classifier_dropout_is_its_hidden_one_unless_stated(tmp_path, stated, meant):
+    from transformers import BertForMaskedLM
+
+    config = hf_config(hidden_dropout_prob=0.25, classifier_dropout=stated)
+    BertForMaskedLM(config).save_pretrained(tmp_path)
+    assert SequenceClassifier.from_pretrained(tmp_path, n_labels=2).cfg.classifier_dropout == meant
 
 
 def broken(tmp_path, change):
@@ -621,17 +645,37 @@ def test_weights_that_do_not_fit_are_named_in_one_line(tmp_path, change, message
     assert "\n" not in str(e.value)
 
 
-def test_missing_folders_and_files_are_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for path in (tmp_path, tmp_path / "nothing", "no-such/model"):
+def test_a_hub_name_is_looked_up_in_the_hubs_cache(tmp_path, monkeypatch):
+    """What a login node has fetched is found on a node without network."""
+    import huggingface_hub
+
+    model = MaskedLM(small())
+    cached = tmp_path / "models--acme--encoder"
+    model.save_pretrained(cached / "snapshots/0123abc")
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("0123abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert find_folder("acme/encoder") == cached / "snapshots/0123abc"
+
+
+def test_missing_folders_and_files_are_named(tmp_path):
+    for path in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(ValueError, match=r"config\.json"):
             MaskedLM.from_pretrained(path)
+    with pytest.raises(ValueError, match="no-such/model: neither a folder here nor found on the hub"):
+        MaskedLM.from_pretrained("no-such/model")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        MaskedLM.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nanomosaicbert"}))
     with pytest.raises(ValueError, match=r"no model\.safetensors"):
         MaskedLM.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="gpt2"):
+        MaskedLM.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "vocab_size": 9}))
+    with pytest.raises(ValueError, match=r"config\.json has no 'num_hidden_layers'"):
         MaskedLM.from_pretrained(tmp_path)
 
 
