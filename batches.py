@@ -89,7 +89,7 @@ class Batches:
         self.seq_len, self.micro_tokens, self.documents, self.seed = seq_len, micro_tokens, documents, seed
         self.body = seq_len - 2
         self.first_document = np.cumsum([0] + [len(c) for c in corpora])  # of each corpus, all numbered as one
-        self.lengths = np.concatenate([c.lengths.astype(np.int32) for c in corpora])  # 1.5 GB for all of C4
+        self.lengths = np.concatenate([c.lengths for c in corpora])
         if documents == "all":
             per_document = -(-self.lengths // self.body)
             self.first_window = np.concatenate([[0], np.cumsum(per_document)])  # (n_docs+1,)
@@ -110,12 +110,13 @@ class Batches:
         """Blocks whose windows come from the corpora in these proportions, mixed."""
         ends = np.round(np.cumsum(shares) / sum(shares) * self.BLOCK)
         block = np.searchsorted(ends, shuffled(np.arange(self.BLOCK), self.BLOCK, seed=0), side="right")
-        one_hot = block[:, None] == np.arange(len(before))  # (BLOCK, K)
-        rank = (one_hot.cumsum(0) - one_hot)[np.arange(self.BLOCK), block]
-        return Draw(first, before, block, rank, one_hot.sum(0))
+        rank = np.empty(self.BLOCK, dtype=np.int64)
+        for k in range(len(before)):
+            rank[block == k] = np.arange((block == k).sum())
+        return Draw(first, before, block, rank, np.bincount(block, minlength=len(before)))
 
     def _draw(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Places in the stream -> which corpus, and the how-manieth window drawn from it."""
+        """Places in the stream -> which corpus, and the index of the window among those drawn from it."""
         source, nth = np.empty((2, len(places)), dtype=np.int64)
         since = np.searchsorted([draw.first for draw in self.draws], places, side="right") - 1
         for i, draw in enumerate(self.draws):
@@ -141,7 +142,7 @@ class Batches:
         sizes = np.diff(self.edges)
         epoch, index = np.divmod(nth, sizes[source])
         window = np.empty(len(places), dtype=np.int64)
-        for e, k in {divmod(x, len(sizes)) for x in np.unique(epoch * len(sizes) + source).tolist()}:
+        for e, k in np.unique(np.stack([epoch, source], axis=1), axis=0).tolist():
             mine = (source == k) & (epoch == e)
             # the epoch is part of the key: every epoch has an order of its own
             window[mine] = self.edges[k] + shuffled(index[mine], int(sizes[k]), self.seed * 1_000_003 + e)
@@ -192,6 +193,11 @@ class Batches:
             ids[a] = self.tokenizer.cls_id
         special[cu[:-1]] = special[cu[1:] - 1] = True
         return Batch(torch.from_numpy(ids), torch.from_numpy(cu), torch.from_numpy(special), len(document))
+
+    def epoch_tokens(self) -> int:
+        """Tokens of all windows, their [CLS] and [SEP] counted: of an epoch, where all corpora are read as one."""
+        text = self.lengths if self.documents == "all" else np.minimum(self.lengths, self.body)
+        return int(text.sum(dtype=np.int64)) + 2 * self.n_windows
 
     def effective_length(self) -> float:
         """E[len²] / E[len] over a sample of windows: what attention's FLOPs depend on."""

@@ -235,6 +235,10 @@ def bench(cfg: Config, work: Path) -> dict:
 
 def run(cfg: Config) -> None:
     """Measure, print the table, write the JSON. SystemExit, one line, for a corpus that cannot be measured on."""
+    if cfg.repeats < 1:
+        raise SystemExit(f"error: --repeats {cfg.repeats}: give at least 1")
+    import torch
+
     from machine import write_report
 
     with tempfile.TemporaryDirectory() as folder:
@@ -259,4 +263,4 @@ def run(cfg: Config) -> None:
         f"all of C4 ({C4_DOCUMENTS / 1e6:.0f} M documents, {C4_BYTES / 1e9:.0f} GB) on 16 cores: "
         f"{c4['hours_on_16_cores']:.1f} hours, assuming {c4['assumptions']}"
     )
-    print(f"wrote {write_report('data', body, cfg.out)}")
+    print(f"wrote {write_report('data', body, torch.device('cpu'), cfg.out)}")

@@ -339,6 +339,8 @@ def print_row(row: dict, what: str, key: str, unit: str) -> None:
 
 def run(cfg: Config) -> None:
     """Time every kernel and its peers, print the table, write the JSON."""
+    if cfg.repeats < 1:
+        raise SystemExit(f"error: --repeats {cfg.repeats}: give at least 1")
     if not torch.cuda.is_available():
         raise SystemExit("error: bench.py kernels: no CUDA device here, and the kernels can only be timed on one")
     torch.manual_seed(0)
@@ -349,7 +351,7 @@ def run(cfg: Config) -> None:
     report = {"settings": asdict(cfg), "roofline": roofline, "attention": []}
 
     def write() -> None:  # after each part: a kill loses the rest only
-        print(f"wrote {write_report('kernels', report, cfg.out)}", flush=True)
+        print(f"wrote {write_report('kernels', report, torch.device('cuda'), cfg.out)}", flush=True)
 
     for n in cfg.lengths:
         report["attention"] += bench_attention(cfg, timer, roofline, n)

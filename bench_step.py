@@ -84,7 +84,7 @@ def open_data(folder: str) -> tuple[Corpus | RandomCorpus, Tokenizer | SimpleNam
     """The documents, and their tokenizer or what masking needs of one."""
     if folder:
         corpus = Corpus(folder)
-        return corpus, Tokenizer.load(corpus.tokenizer_dir)
+        return corpus, Tokenizer.load(corpus.folder)
     special_ids = {f"{name.strip('[]').lower()}_id": i for name, i in SPECIALS.items()}
     return RandomCorpus(30_528), SimpleNamespace(vocab_size=30_528, **special_ids)
 
@@ -156,7 +156,7 @@ def ours(cfg: Config, family: str, size: str, seq_len: int, compiled: bool, sour
         return model_inputs(ids, batch.cu_seqlens, tiles, masked_idx, labels, seq_len, device), len(ids)
 
     return Contender(
-        f"{family}-{size}", model, make_optimizers(recipe, model, device),
+        f"{family}-{size}", model, [o for o, _ in make_optimizers(recipe, model, device)],
         lambda m: build(batches, m, triton, device), inputs,
         lambda **x: forward(**x)[0] / len(x["labels"]), flops_per_token(shape, batches.effective_length(), rate),
     )  # fmt: skip
@@ -206,7 +206,7 @@ def theirs(cfg: Config, family: str, size: str, seq_len: int, compiled: bool, so
         return {k: x.to(device, non_blocking=True) for k, x in out.items()}, n_real
 
     return Contender(
-        name, model, make_optimizers(recipe, model, device), build, inputs,
+        name, model, [o for o, _ in make_optimizers(recipe, model, device)], build, inputs,
         lambda **x: forward(**x).loss, flops_per_token(shape, batches.effective_length(), rate),
         padding=1 - build(0)[1] / (n * seq_len),
     )  # fmt: skip
@@ -324,7 +324,7 @@ def compare(cfg: Config, size: str, seq_len: int, source, device: torch.device, 
         gigabytes = round((c.resident + c.peak) / 2**30, 2) if device.type == "cuda" else None
         rows.append({
             "name": c.name, "n_params": sum(p.numel() for p in c.model.parameters()), **row,
-            "mfu": mfu(row["tok_per_s"], c.flops, device_name()) if device.type == "cuda" else None,
+            "mfu": mfu(row["tok_per_s"], c.flops, device_name(device)) if device.type == "cuda" else None,
             "peak_mem_gb": gigabytes, "padding": c.padding, "first_step_s": c.first_step,
             "rounds": [t["tok_per_s"] for t in c.turns],
         })  # fmt: skip
@@ -376,7 +376,7 @@ def run(cfg: Config) -> dict:
     if device.type == "cuda" and not cfg.micro_tokens:
         cfg = replace(cfg, micro_tokens=32_768)
     sizes = cfg.sizes or (("base", "large") if device.type == "cuda" else ("small",))
-    print(f"{device_name()}, {torch.get_num_threads()} threads, {dtype}, dropout {cfg.dropout}")
+    print(f"{device_name(device)}, {torch.get_num_threads()} threads, {dtype}, dropout {cfg.dropout}")
     results = []
     for size in sizes:
         for seq_len in cfg.seq_lens:
@@ -386,5 +386,6 @@ def run(cfg: Config) -> dict:
                 torch.cuda.empty_cache()
             body = {"settings": asdict(cfg), "dtype": str(dtype), "threads": torch.get_num_threads()}
             body["results"] = results
-            print(f"wrote {write_report('step', body, cfg.out)}", flush=True)  # a kill loses the next one at most
+            # after each: a kill loses the next one at most
+            print(f"wrote {write_report('step', body, device, cfg.out)}", flush=True)
     return body

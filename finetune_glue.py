@@ -46,7 +46,7 @@ from corpus import Tokenizer
 from flags import read_command_line
 from glue_tasks import Data, Recipe, Split, Task
 from kernels import attention_backend
-from machine import git_revision, pick_device, pick_dtype
+from machine import device_name, git_revision, pick_device, pick_dtype
 from model import SequenceClassifier, find_checkpoints, weights_checksum
 
 # ----------------------------------------------------------------------------- config
@@ -590,7 +590,7 @@ def finetune(cfg: Config) -> None:
     if cfg.submission and len(starts) > 1:
         raise ValueError("--submission takes one start: its files have one name each")
     data = {task.name: glue.load_data(task, sources) for task, sources in tasks.items()}
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    hardware = device_name(device) if device.type == "cuda" else device.type
     command = shlex.join(["finetune_glue.py", *sys.argv[1:]])
     jobs = make_jobs(cfg, starts, data, {"device": hardware, "revision": git_revision(), "command": command})
     if rank == 0:

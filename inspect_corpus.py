@@ -70,7 +70,7 @@ def inspect_folder(cfg: Inspect) -> None:
     if cfg.samples < 0:
         raise BadInput("--samples must not be negative")
     corpus = Corpus(cfg.folder, cfg.split, verify=cfg.verify)
-    tokenizer, lengths = Tokenizer.load(corpus.tokenizer_dir), corpus.lengths
+    tokenizer, lengths = Tokenizer.load(corpus.folder), corpus.lengths
     title = f"{cfg.folder} {cfg.split}: {len(corpus):,} documents, {corpus.n_tokens:,} tokens"
     verified = ", checksums verified" if cfg.verify else ""
     print(f"{title}, {len(corpus.bins)} shards, vocabulary {tokenizer.vocab_size:,}{verified}")

@@ -29,9 +29,9 @@ import tyro
 from torch import Tensor
 
 from batches import Batch, mask_tokens
-from corpus import Corpus, Tokenizer, to_json, write_atomically
+from corpus import Corpus, Tokenizer, read_json, to_json, write_atomically
 from flags import read_command_line
-from machine import git_revision, pick_device, pick_dtype
+from machine import device_name, git_revision, pick_device, pick_dtype
 from model import MaskedLM, find_folder
 
 
@@ -166,62 +166,67 @@ def draw(records: list[dict], path: Path) -> None:
     temporary.replace(path)
 
 
-def measure(run: str, cfg: Config, texts: list[np.ndarray], available: int, vocabulary: bytes) -> dict:
-    """One run's record. ValueError (one line) where the run does not fit the data or the lengths."""
+def describe(run: str, cfg: Config, texts: list[np.ndarray], available: int, tokenizer: Tokenizer) -> dict:
+    """What a run's record says besides the losses. ValueError (one line) where the run does not fit the data or the
+    lengths."""
     checkpoint = find_folder(run)
-    model, tokenizer = MaskedLM.from_pretrained(checkpoint), Tokenizer.load(checkpoint)
-    if tokenizer.vocabulary != vocabulary:
+    shape = MaskedLM.from_pretrained(checkpoint).cfg
+    if not tokenizer.same_as(Tokenizer.load(checkpoint)):
         raise ValueError(f"{cfg.data} has another vocabulary than {run}; prepare it with --tokenizer {checkpoint}")
-    if model.cfg.position == "learned" and max(cfg.lengths) > model.cfg.max_positions:
-        raise ValueError(f"{run} has {model.cfg.max_positions} learned positions; give --lengths up to that")
+    if shape.position == "learned" and max(cfg.lengths) > shape.max_positions:
+        raise ValueError(f"{run} has {shape.max_positions} learned positions; give --lengths up to that")
     device = pick_device(cfg.device)
-    dtype = pick_dtype(cfg.dtype, device)
-    model.to(device).eval()
     pretraining = {}
     if checkpoint.parent.name == "ckpt":
         config = json.loads((checkpoint.parent.parent / "config.json").read_text())
         pretraining = {"seq_len": config["train"]["seq_len"]} | json.loads((checkpoint / "progress.json").read_text())
     return {
         "type": "long_context",
-        "run": pretraining.get("run", Path(run).name),
+        "run": pretraining.get("run", Path(run).resolve().name),
         "family": pretraining.get("family"),
-        "position": model.cfg.position,
+        "position": shape.position,
         "seq_len": pretraining.get("seq_len"),  # it was trained at; None for a checkpoint of no run of ours
         "step": pretraining.get("step"),
         "pretrain_tokens": pretraining.get("tokens"),
         "data": cfg.data,
         "split": cfg.split,
+        "join": cfg.join,
         "documents": len(texts),
         "available": available,
         "masked": len(texts) * round(0.15 * len(texts[0])),
-        "lengths": evaluate(model, tokenizer, texts, cfg.lengths, dtype),
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "windows": cfg.lengths,
+        "dtype": str(pick_dtype(cfg.dtype, device)).removeprefix("torch."),
+        "device": device_name(device) if device.type == "cuda" else device.type,
         "revision": git_revision(),
         "command": shlex.join(["long_context.py", *sys.argv[1:]]),
     }
 
 
 def measure_runs(cfg: Config) -> None:
-    """Measure every run, then write the records and the figure. ValueError (one line) for what does not fit."""
-    if not cfg.runs or not cfg.lengths or min(cfg.lengths) < 3 or cfg.documents < 1:
-        raise ValueError("give a run, --lengths of 3 or more, and --documents of 1 or more")
+    """Measure every run, then write the records and the figure. ValueError (one line) for what does not fit, before
+    anything is measured."""
+    if not cfg.runs or not cfg.lengths or min(cfg.lengths) < 3 or max(cfg.lengths) < 6 or cfg.documents < 1:
+        raise ValueError("give a run, --lengths of 3 or more, the longest 6 or more, and --documents of 1 or more")
     corpus = Corpus(cfg.data, cfg.split)
-    vocabulary = Tokenizer.load(corpus.tokenizer_dir).vocabulary
+    tokenizer = Tokenizer.load(corpus.folder)
     texts, available = long_documents(corpus, max(cfg.lengths) - 2, cfg.documents, cfg.join)
     print(f"{cfg.data}: {available:,} texts of {len(texts[0]):,} tokens or more, {len(texts):,} taken")
-    records = [measure(run, cfg, texts, available, vocabulary) for run in cfg.runs]
+    records = [describe(run, cfg, texts, available, tokenizer) for run in cfg.runs]
     if len({record["run"] for record in records}) < len(records):
         raise ValueError("two of these are of one run, and their files would have one name; measure them one by one")
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"long-context-{record['run']}.json" for record in records]
     for path, record in zip(paths, records):
-        old = json.loads(path.read_text()) if path.is_file() else {}
-        if differ := [k for k in ("data", "split", "step", "documents", "masked") if old and old.get(k) != record[k]]:
+        old = read_json(path, "give another --out") if path.is_file() else {}
+        same = ("data", "split", "join", "step", "documents", "masked", "windows", "dtype")
+        if differ := [k for k in same if old and old.get(k) != json.loads(json.dumps(record[k]))]:
             what = ", ".join(f"{k} {old.get(k)} -> {record[k]}" for k in differ)
             raise ValueError(f"{path} holds another measurement ({what}); give another --out")
-    for path, record in zip(paths, records):
+    device = pick_device(cfg.device)
+    for path, run, record in zip(paths, cfg.runs, records):
+        model = MaskedLM.from_pretrained(find_folder(run)).to(device).eval()
+        record["lengths"] = evaluate(model, tokenizer, texts, cfg.lengths, pick_dtype(cfg.dtype, device))
         write_atomically(path, to_json(record))
         print(f"\n{record['run']}, trained at {record['seq_len']}: wrote {path}\nwindow    loss   accuracy   gain")
         for row in record["lengths"]:

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -67,10 +68,10 @@ def git_revision() -> str:
         return "unknown"
 
 
-def device_name() -> str:
+def device_name(device: torch.device) -> str:
     """The GPU's name, else the processor's."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name().removeprefix("NVIDIA ")
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device).removeprefix("NVIDIA ")
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
     return names[0] if names else platform.processor() or platform.machine()
@@ -81,17 +82,17 @@ def failure(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
-def write_report(mode: str, body: dict, out: str = "") -> Path:
+def write_report(mode: str, body: dict, device: torch.device, out: str = "") -> Path:
     """Write `body` under a header (device, versions, revision, command, time) as JSON, whole or not at all; where to:
     `out`, or results/<mode>-<device>.json. Returns the path. Each bench_<mode>.py's run(cfg) calls it at its end, or
-    whenever a part is done: print(f"wrote {write_report('step', body, cfg.out)}"). SystemExit, one line, if it
+    whenever a part is done: print(f"wrote {write_report('step', body, device, cfg.out)}"). SystemExit, one line, if it
     cannot be written."""
     header = {
-        "device": device_name(),
+        "device": device_name(device),
         "torch": torch.__version__,
         "triton": TRITON_VERSION,
         "revision": git_revision(),
-        "command": "python " + " ".join(sys.argv),
+        "command": shlex.join(["python", *sys.argv]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     slug = re.sub(r"[^a-z0-9]+", "-", header["device"].lower()).strip("-")

@@ -46,15 +46,26 @@ from batches import Batch, Batches, count_masked, mask_tokens, one_mask_each
 from corpus import Corpus, Tokenizer, write_atomically
 from flags import one_line_refusals
 from kernels import attention_backend, attention_tiles
-from machine import git_revision, peak_tflops, pick_device, pick_dtype
-from model import MaskedLM, find_checkpoints, find_folder, flops_per_token, weights_checksum
+from machine import device_name, git_revision, peak_tflops, pick_device, pick_dtype
+from model import (
+    NOT_IN_THE_WEIGHTS,
+    EncoderConfig,
+    MaskedLM,
+    find_checkpoints,
+    find_folder,
+    flops_per_token,
+    weights_checksum,
+)
 from recipes import (
     FREE_TO_CHANGE,
     Branch,
+    Mixture,
     TrainConfig,
     batch_at,
+    branch_off,
     check_config,
     done_at,
+    known_settings,
     learning_rate,
     make_presets,
     masking_rate,
@@ -78,9 +89,9 @@ def corpus_digest(folder: str) -> str:
 def open_corpora(folders: list[str]) -> tuple[list[Corpus], list[Corpus], Tokenizer]:
     """Both splits of each folder, and the tokenizer they share. ValueError (one line) if they do not."""
     corpora = [Corpus(folder, "train") for folder in folders]
-    tokenizers = [Tokenizer.load(c.tokenizer_dir) for c in corpora]
+    tokenizers = [Tokenizer.load(c.folder) for c in corpora]
     for corpus, tokenizer in zip(corpora, tokenizers):
-        if tokenizer.vocabulary != tokenizers[0].vocabulary or tokenizer.meta != tokenizers[0].meta:
+        if not tokenizer.same_as(tokenizers[0]):
             raise ValueError(
                 f"{corpus.folder} and {corpora[0].folder} have different tokenizers; "
                 f"prepare one with --tokenizer {corpora[0].folder}"
@@ -96,7 +107,7 @@ def load_start(start_from: str, tokenizer: Tokenizer, data: str) -> MaskedLM:
     same = n <= rows < n + 128  # official tables are rounded up to a multiple of 64 or 128
     if (folder / "tokenizer.json").is_file() or (folder / "tokenizer.meta.json").is_file():
         theirs = Tokenizer.load(folder)
-        same &= n == theirs.vocab_size and all(tokenizer.token_text(i) == theirs.token_text(i) for i in range(n))
+        same &= tokenizer.same_as(theirs)
         what = "another tokenizer"
     else:  # the official MosaicBERT comes without one: it was trained with bert-base-uncased's
         same &= bool(tokenizer.hf)  # 30,528 entries is what a vocabulary of our own has too
@@ -107,6 +118,52 @@ def load_start(start_from: str, tokenizer: Tokenizer, data: str) -> MaskedLM:
             "prepare_c4.py --tokenizer and its tokenizer"
         )
     return model
+
+
+def look_back(
+    preset: str, cfg: TrainConfig, run: Path, mixture: Mixture, tokenizer: Tokenizer
+) -> tuple[dict, Path | None, MaskedLM | None]:
+    """What this run is and what it begins from: the settings for its config.json, its own newest checkpoint, weights
+    of --start_from; None where there is none. cfg.model gets the vocabulary of the data, or the shape of those weights.
+
+    ValueError (one line) if the folder holds another run, or if it, the stem or the weights do not go with the data."""
+    path, checkpoints = run / "config.json", find_checkpoints(run)
+    if checkpoints and not path.is_file():
+        raise ValueError(f"{run} has checkpoints but no config.json; put it back or choose another --name")
+    old = known_settings(json.loads(path.read_text())["train"]) if checkpoints else {}
+    start = None
+    if cfg.start_from:
+        default = make_presets()[preset][1].model
+        asked = {k: v for k, v in asdict(cfg.model).items() if v != getattr(default, k)}
+        if flags := [f"--model.{k}" for k in asked if k not in NOT_IN_THE_WEIGHTS]:
+            raise ValueError(f"--start_from brings a shape of its own; leave out {' '.join(flags)}")
+        if not old:
+            start = load_start(cfg.start_from, tokenizer, mixture.folders[0])
+        cfg.model = replace(start.cfg if start else EncoderConfig(**old["model"]), **asked)
+    elif not cfg.cooldown_from:  # a branch keeps its stem's, whose table may have been brought by --start_from
+        cfg.model.vocab_size = tokenizer.vocab_size
+    data = {"corpus": [corpus_digest(f) for f in mixture.folders], "mixture": asdict(mixture) | {"folders": None}}
+    settings = asdict(cfg) | {"preset": preset, "began_from": old.get("began_from")} | data
+    if cfg.cooldown_from and not tokenizer.same_as(Tokenizer.load(cfg.cooldown_from)):
+        raise ValueError(f"--cooldown_from {cfg.cooldown_from}: trained with another tokenizer than the data's")
+    if cfg.cooldown_from and not old:
+        stem = Path(cfg.cooldown_from).parents[1]
+        stem_settings = json.loads((stem / "config.json").read_text())["train"]
+        if list(cfg.data) == stem_settings["data"] and data["corpus"] != stem_settings["corpus"]:
+            raise ValueError(f"{', '.join(mixture.folders)}: not the corpus {stem} was trained on")
+    if settings["began_from"]:
+        folder, checksum = settings["began_from"]
+        if Path(folder).is_dir() and weights_checksum(Path(folder)) != checksum:
+            raise ValueError(f"{run} began from other weights than {folder} has now; give another --name")
+    elif cfg.cooldown_from or cfg.start_from:
+        source = Path(cfg.cooldown_from) if cfg.cooldown_from else find_folder(cfg.start_from)
+        settings["began_from"] = [str(source), weights_checksum(source)]
+    settings = json.loads(json.dumps(settings))
+    if differ := [k for k in settings if old and k not in FREE_TO_CHANGE and settings[k] != old.get(k)]:
+        long = ("model", "corpus", "mixture")
+        what = ", ".join(k if k in long else f"{k} {old.get(k)} -> {settings[k]}" for k in differ)
+        raise ValueError(f"{run} holds a run with other settings ({what}); give this one another --name")
+    return settings, checkpoints[-1] if checkpoints else None, start
 
 
 # ----------------------------------------------------------------------------- checkpoints
@@ -156,17 +213,20 @@ class Clock:
         self.seconds, self.since = self.now(), None
 
 
-def make_optimizers(cfg: TrainConfig, model: MaskedLM, device: torch.device) -> list[torch.optim.Optimizer]:
-    """AdamW on everything, as the paper (biases and norms decayed too), or Muon on the layers' matrices."""
+def make_optimizers(
+    cfg: TrainConfig, model: MaskedLM, device: torch.device
+) -> list[tuple[torch.optim.Optimizer, float]]:
+    """(optimizer, its peak learning rate): AdamW on everything, as the paper (biases and norms decayed too), or Muon
+    on the layers' matrices and AdamW on the rest."""
     adam = dict(lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=device.type != "mps")
     if cfg.optimizer == "adamw":
-        return [torch.optim.AdamW(model.parameters(), **adam)]
+        return [(torch.optim.AdamW(model.parameters(), **adam), cfg.lr)]
     hidden = [p for p in model.encoder.layers.parameters() if p.dim() == 2]
     chosen = {id(p) for p in hidden}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     return [
-        torch.optim.AdamW(rest, **adam),
-        torch.optim.Muon(hidden, lr=cfg.muon_lr, weight_decay=cfg.weight_decay, momentum=0.95),
+        (torch.optim.AdamW(rest, **adam), cfg.lr),
+        (torch.optim.Muon(hidden, lr=cfg.muon_lr, weight_decay=cfg.weight_decay, momentum=0.95), cfg.muon_lr),
     ]
 
 
@@ -203,14 +263,16 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check_config(cfg, world)
     run, mixture = Path(cfg.out) / (cfg.name or preset), read_mixture(cfg.data)
-
     try:
         device = pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
         corpora, val_corpora, tokenizer = open_corpora(mixture.folders)
-        if cfg.cooldown_from and Tokenizer.load(cfg.cooldown_from).vocabulary != tokenizer.vocabulary:
-            raise ValueError(f"--cooldown_from {cfg.cooldown_from}: trained with another tokenizer than the data's")
+        settings, own, start = look_back(preset, cfg, run, mixture, tokenizer)
     except ValueError as e:
         raise SystemExit(f"error: {e}") from None
+    check_config(cfg, world)  # once more: the shape may be that of the weights it starts from
+    # a run goes on from its own newest checkpoint, a branch begins at its stem's
+    origin = own or (Path(cfg.cooldown_from) if cfg.cooldown_from else None)
+    progress = json.loads((origin / "progress.json").read_text()) if origin else {}
     if device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
         raise SystemExit(f"error: more processes than the {torch.cuda.device_count()} GPUs of this machine")
     dtype = pick_dtype(cfg.dtype, device)
@@ -219,55 +281,8 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     eval_stream = (min(EVAL_MICRO_TOKENS, cfg.eval_tokens), "all", 0, mixture.shares)
     eval_batches = Batches(val_corpora, tokenizer, cfg.seq_len, *eval_stream)
 
-    # -- what was here before: same settings continue, other settings are refused
-    checkpoints = find_checkpoints(run)
-    if checkpoints and not (run / "config.json").is_file():
-        raise SystemExit(f"error: {run} has checkpoints but no config.json; put it back or choose another --name")
-    continues = bool(checkpoints)
-    old = json.loads((run / "config.json").read_text())["train"] if continues else {}
-    start = None
-    if continues and cfg.start_from:
-        cfg.model = type(cfg.model)(**old["model"])
-    elif cfg.start_from:
-        if cfg.model != make_presets()[preset][1].model:
-            raise SystemExit("error: --start_from brings a shape of its own; leave out the --model flags")
-        try:
-            start = load_start(cfg.start_from, tokenizer, mixture.folders[0])
-        except ValueError as e:
-            raise SystemExit(f"error: {e}") from None
-        cfg.model = start.cfg
-        check_config(cfg, world)
-    elif not cfg.cooldown_from:  # a branch keeps its stem's, whose table may have been brought by --start_from
-        cfg.model.vocab_size = tokenizer.vocab_size
-    data = {"corpus": [corpus_digest(f) for f in mixture.folders], "mixture": asdict(mixture) | {"folders": None}}
-    settings = asdict(cfg) | {"preset": preset, "began_from": old.get("began_from")} | data
-    if cfg.cooldown_from and not continues:
-        stem_run = Path(cfg.cooldown_from).parents[1]
-        stem_cfg, stem_settings = run_config(stem_run)[1], json.loads((stem_run / "config.json").read_text())["train"]
-        if cfg.data == stem_cfg.data and data["corpus"] != stem_settings["corpus"]:
-            raise SystemExit(f"error: {', '.join(mixture.folders)}: not the corpus {stem_run} was trained on")
-    try:
-        if settings["began_from"]:
-            folder, checksum = settings["began_from"]
-            if Path(folder).is_dir() and weights_checksum(Path(folder)) != checksum:
-                raise ValueError(f"{run} began from other weights than {folder} has now; give another --name")
-        elif cfg.cooldown_from or cfg.start_from:
-            source = Path(cfg.cooldown_from) if cfg.cooldown_from else find_folder(cfg.start_from)
-            settings["began_from"] = [str(source), weights_checksum(source)]
-    except ValueError as e:
-        raise SystemExit(f"error: {e}") from None
-    if continues:
-        now = json.loads(json.dumps(settings))
-        differ = [k for k in now if k not in FREE_TO_CHANGE and now[k] != old.get(k)]
-        if differ:
-            long = ("model", "corpus", "mixture")
-            what = ", ".join(k if k in long else f"{k} {old.get(k)} -> {now[k]}" for k in differ)
-            raise SystemExit(f"error: {run} holds a run with other settings ({what}); give this one another --name")
-    # a run goes on from its own newest checkpoint, a branch begins at its stem's
-    origin = checkpoints[-1] if checkpoints else Path(cfg.cooldown_from) if cfg.cooldown_from else None
-    progress = json.loads((origin / "progress.json").read_text()) if origin else {}
-    if checkpoints and progress.get("finished"):
-        print(f"{run} is finished: {origin}")
+    if own and progress.get("finished"):
+        print(f"{run} is finished: {own}")
         return run
 
     if world > 1:
@@ -285,17 +300,13 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     if origin:
         model.load_state_dict(MaskedLM.from_pretrained(origin).state_dict())
         trainer = torch.load(origin / "trainer.pt", map_location=device, weights_only=True)
-        for optimizer, state in zip(optimizers, trainer["optimizers"]):
+        for (optimizer, _), state in zip(optimizers, trainer["optimizers"]):
             optimizer.load_state_dict(state)
         step, tokens, micro, seconds = (trainer[k] for k in ("step", "tokens", "micro", "train_seconds"))
         branch, changed_at = trainer["branch"] and Branch(**trainer["branch"]), trainer["changed_at"]
-    if cfg.cooldown_from and not checkpoints:
-        over = branch.over(tokens) if branch else done_at(stem_cfg, step, tokens, seconds)
-        there = branch.schedule(over) if branch else over
-        factor = branch.learning_rate(stem_cfg, over) if branch else learning_rate(stem_cfg, there)
-        length = max(1, round(tokens * cfg.cooldown / (1.0 - cfg.cooldown)))
-        branch = Branch(tokens, min(there, 1.0), factor, length)
-        if there < mixture.change:  # data of the branch's own, whose change has not come
+    if cfg.cooldown_from and not own:
+        branch = branch_off(run_config(origin.parents[1])[1], branch, cfg.cooldown, trainer)
+        if branch.done < mixture.change:  # data of the branch's own, whose change has not come
             changed_at = None
     if changed_at is not None:
         batches.change_shares(changed_at, mixture.later)
@@ -317,11 +328,15 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     if "family" in progress:
         family = progress["family"]
     elif cfg.start_from:
-        family = "mosaic" if cfg.model.position == "alibi" else "bert"
-    hardware = torch.cuda.get_device_name() if gpus else device.type
-    backend, reason = (
-        attention_backend(device.type) if cfg.model.attention == "auto" else (cfg.model.attention, "asked for")
-    )
+        family = "bert" if cfg.model.position == "learned" else "mosaic"
+    hardware = device_name(device) if gpus else device.type
+    if cfg.model.attention == "auto":
+        backend, reason = attention_backend(device.type)
+    else:
+        backend = cfg.model.attention
+        reason = "the kernels have no attention dropout" if cfg.model.attention_dropout else "asked for"
+        if gpus and backend == "reference" and cfg.model.position == "learned":
+            reason += "; without ALiBi it is PyTorch's own on a padded batch"
     identity = dict(
         run=run.name, family=family, preset=preset, device=hardware, world_size=world, revision=git_revision()
     )
@@ -335,7 +350,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         write_atomically(run / "config.json", (json.dumps(config, indent=2) + "\n").encode())
         for leftover in run.glob("ckpt/step_*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
-        mode = "a" if checkpoints else "w"  # what a run wrote that died before its first checkpoint is of no use
+        mode = "a" if own else "w"  # what a run wrote that died before its first checkpoint is of no use
         log_file = open(run / "log.jsonl", mode, buffering=1)  # noqa: SIM115 (lives as long as the process)
         if log_file.tell() and (run / "log.jsonl").read_bytes()[-1:] != b"\n":
             log_file.write("\n")  # a kill has cut the last line
@@ -355,11 +370,14 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         shape = f", shape of {cfg.start_from}" if cfg.start_from else ""
         print(f"{preset}{shape}: {n_params:,} parameters, changed: {', '.join(changed) or 'nothing'}")
         print(f"attention: {backend} ({reason}); {world} × {hardware}, {str(dtype).removeprefix('torch.')}")
-        n_documents, n_tokens = sum(map(len, corpora)), sum(c.n_tokens for c in corpora)
-        print(f"data: {n_documents:,} documents, {n_tokens:,} tokens, {batches.n_windows:,} windows an epoch")
+        n_documents, n_tokens, epoch = sum(map(len, corpora)), sum(c.n_tokens for c in corpora), batches.epoch_tokens()
+        planned = branch.length if branch else cfg.max_tokens or cfg.max_steps * cfg.batch_tokens
+        epochs = "" if cfg.max_minutes or mixture.shares else f"; {planned / epoch:.3g} epochs planned"
+        print(f"data: {n_documents:,} documents, {n_tokens:,} tokens")
+        print(f"an epoch: {batches.n_windows:,} windows, {epoch:,} tokens with [CLS] and [SEP]{epochs}")
         if device.type == "cpu" and cfg.micro_tokens > 8_192:
             print(f"on a CPU --micro_tokens {cfg.micro_tokens} takes many GB and minutes a step; 4096 is plenty")
-        if checkpoints:
+        if own:
             print(f"continuing at step {step:,} from {origin}")
         elif branch:
             print(f"annealing {origin} over {branch.length:,} tokens, from {tokens:,} to {tokens + branch.length:,}")
@@ -438,7 +456,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         """Share of this run, or of this branch, that is over."""
         return branch.over(tokens) if branch else done_at(cfg, step, tokens, seconds)
 
-    def due(every: float, before: float, after: float) -> bool:
+    def due(every: float, step: int, before: float, after: float) -> bool:
         """Whether an event that happens every `every` (share of the run, or steps) falls into this step."""
         if every >= 1:
             return step % int(every) == 0
@@ -514,13 +532,13 @@ def train(preset: str, cfg: TrainConfig) -> Path:
                 raise diverged(f"20 steps in a row were skipped, until step {step:,}")
         else:
             skipped_in_a_row = 0
-            for optimizer, lr in zip(optimizers, (cfg.lr, cfg.muon_lr)):
+            for optimizer, peak_lr in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = lr * factor
+                    group["lr"] = peak_lr * factor
                 optimizer.step()
             window += sums
             window_masked += total_masked
-        for optimizer in optimizers:
+        for optimizer, _ in optimizers:
             optimizer.zero_grad(set_to_none=True)
 
         before, elapsed, stopping = over, clock.now(), asked_to_stop  # a signal may come at any moment: read it once
@@ -581,8 +599,8 @@ def train(preset: str, cfg: TrainConfig) -> Path:
             window.zero_()
             window_masked, window_tokens, window_documents, window_step, window_start = 0, 0, 0, step, clock.now()
 
-        checkpoint_due = leaving or due(cfg.checkpoint_every, before, over)
-        if checkpoint_due or due(cfg.eval_every, before, over):
+        checkpoint_due = leaving or due(cfg.checkpoint_every, step, before, over)
+        if checkpoint_due or due(cfg.eval_every, step, before, over):
             clock.stop()
             if checkpoint_due and not all(bool(w.isfinite().all()) for w in model.parameters()):
                 raise diverged(f"the weights are not finite after step {step:,} (all ranks)")
@@ -596,7 +614,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
                 counters = {"step": step, "tokens": tokens, "micro": micro, "train_seconds": clock.seconds}
                 counters |= {"branch": branch and asdict(branch), "changed_at": changed_at}
                 counters |= {"skipped": (skipped, skipped_in_a_row)}
-                trainer = {"optimizers": [o.state_dict() for o in optimizers], **counters}
+                trainer = {"optimizers": [optimizer.state_dict() for optimizer, _ in optimizers], **counters}
                 state = {"step": step, "tokens": tokens, **spent(clock.seconds), **identity, "finished": finished}
                 path = save_checkpoint(run, step, model, tokenizer, trainer, state)
                 tqdm.write(f"saved {path}")

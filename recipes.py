@@ -10,7 +10,7 @@ import importlib.util
 import json
 import math
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Literal
@@ -124,14 +124,20 @@ def make_presets() -> dict[str, tuple[str, TrainConfig]]:
     return presets
 
 
+def known_settings(settings: dict) -> dict:
+    """Settings of a config.json with the default for each that did not exist yet: a new switch that is off by default
+    leaves earlier runs what they were."""
+    return asdict(TrainConfig()) | settings | {"model": asdict(EncoderConfig()) | settings["model"]}
+
+
 def run_config(run: Path) -> tuple[str, TrainConfig]:
     """Preset and settings a run folder was trained with. ValueError naming the file if it cannot be read."""
     path = run / "config.json"
     try:
         settings = json.loads(path.read_text())["train"]
-        known = {f.name: settings[f.name] for f in fields(TrainConfig)}
+        preset, known = settings["preset"], known_settings(settings)
         known |= dict(model=EncoderConfig(**known["model"]), data=tuple(known["data"]), betas=tuple(known["betas"]))
-        return settings["preset"], TrainConfig(**known)
+        return preset, TrainConfig(**{f.name: known[f.name] for f in fields(TrainConfig)})
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path}: not the settings of a run of this version ({type(e).__name__}: {e})") from None
 
@@ -236,6 +242,16 @@ class Branch:
         return self.done + (1.0 - self.done) * over
 
 
+def branch_off(stem: TrainConfig, branch: Branch | None, cooldown: float, trainer: dict) -> Branch:
+    """A cool-down that takes the share `cooldown` of the whole, from a checkpoint of the run `stem`, or of its own
+    `branch`; `trainer` has the counters of that checkpoint."""
+    tokens = trainer["tokens"]
+    over = branch.over(tokens) if branch else done_at(stem, trainer["step"], tokens, trainer["train_seconds"])
+    there = branch.schedule(over) if branch else over
+    factor = branch.learning_rate(stem, over) if branch else learning_rate(stem, there)
+    return Branch(tokens, min(there, 1.0), factor, max(1, round(tokens * cooldown / (1.0 - cooldown))))
+
+
 def batch_at(cfg: TrainConfig, tokens: int) -> int:
     """Tokens of the step that begins after `tokens`: from ramp_from to batch_tokens, in steps of ramp_from."""
     if tokens >= cfg.ramp_tokens:
@@ -251,17 +267,14 @@ def masking_rate(spec: str, done: float) -> float:
     """
     try:
         kind, _, numbers = spec.partition(":")
-        numbers, _, at = numbers.partition("@")
-        p, q = (
-            ([float(x) for x in numbers.split(":")] * 2)[:2] if kind == "constant" else map(float, numbers.split(":"))
-        )
-        share = {
-            "constant": lambda: 0.0,
-            "linear": lambda: done,
-            "cosine": lambda: 0.5 - 0.5 * math.cos(math.pi * done),
-            "step": lambda: float(done >= float(at)),
-        }[kind]()
-    except (KeyError, ValueError):
+        p, *rest = map(float, numbers.replace("@", ":").split(":"))
+        q, share = {
+            "constant": lambda: (p, 0.0),
+            "linear": lambda q: (q, done),
+            "cosine": lambda q: (q, 0.5 - 0.5 * math.cos(math.pi * done)),
+            "step": lambda q, at: (q, float(done >= at)),
+        }[kind](*rest)
+    except (KeyError, ValueError, TypeError):  # no such kind; not a number; too many or too few of them
         raise SystemExit(
             f"error: --masking {spec!r}: write constant:0.3, linear:0.3:0.15, cosine:0.3:0.15 or step:0.3:0.15@0.5"
         ) from None

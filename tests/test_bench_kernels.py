@@ -14,6 +14,7 @@ from bench_kernels import attempt, attention_cost, draw_lengths, matmul_shapes, 
 from model import PRESETS, EncoderConfig, MaskedLM
 
 ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
 
 
 def bench(*args):
@@ -47,6 +48,23 @@ def test_the_lengths_and_peers_are_the_promised_ones():
         "padded SDPA cuDNN, no bias",
         "varlen_attn, no bias",
     ]
+
+
+@pytest.mark.parametrize("lengths", [[16, 16], [5, 16, 9]])
+def test_the_padded_peer_computes_what_ours_does(lengths):
+    g = torch.Generator().manual_seed(0)
+    qkv, dout = torch.randn(sum(lengths), 3, 2, 16, generator=g), torch.randn(sum(lengths), 2, 16, generator=g)
+    peers = bench_kernels.attention_peers(qkv, dout, lengths, torch.tensor([0.5, 0.1]), device="cpu")
+    forward, (x,), gradient = peers["ours"]()
+    out = forward()
+    out.backward(gradient)
+    forward, padded, gradient = peers["padded SDPA with bias"]()
+    theirs = forward()
+    theirs.backward(gradient)
+    real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (B, n)
+    torch.testing.assert_close(theirs.transpose(1, 2)[real], out, atol=1e-5, rtol=1e-4)
+    for ours, leaf in zip(x.grad.unbind(1), padded):
+        torch.testing.assert_close(leaf.grad.transpose(1, 2)[real], ours, atol=1e-5, rtol=1e-4)
 
 
 def test_document_lengths_fill_the_batch():
@@ -100,12 +118,13 @@ def test_rates_divide_by_the_slower_of_the_two_limits(capsys):
 
 
 def test_the_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = machine.write_report("kernels", {"settings": {"a": 1}}, str(tmp_path / "new" / "r.json"))
+    path = machine.write_report("kernels", {"settings": {"a": 1}}, CPU, str(tmp_path / "new" / "r.json"))
     report = json.loads(path.read_text())
+    assert report["device"] == machine.device_name(CPU), "of the device that was measured, not of one that is there"
     assert set(report) == {"device", "torch", "triton", "revision", "command", "time", "settings"}
     with pytest.raises(TypeError):
-        machine.write_report("kernels", {"a": object()}, str(path))
+        machine.write_report("kernels", {"a": object()}, CPU, str(path))
     assert json.loads(path.read_text()) == report and list(path.parent.iterdir()) == [path]
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="error: the report cannot be written"):
-        machine.write_report("kernels", {}, str(tmp_path / "file" / "r.json"))
+        machine.write_report("kernels", {}, CPU, str(tmp_path / "file" / "r.json"))

@@ -305,7 +305,10 @@ def test_speed_and_flops_follow_the_mean_masking_rate_of_a_run(spec, mean):
     assert mean_masking_rate(spec) == pytest.approx(mean, abs=2e-4)  # a step falls between two of a thousand points
 
 
-@pytest.mark.parametrize("spec", ["", "0.3", "constant", "linear:0.3", "step:0.3:0.15", "wave:0.1:0.2", "constant:1.5"])
+UNREADABLE = ["", "0.3", "constant", "linear:0.3", "step:0.3:0.15", "wave:0.1:0.2", "constant:1.5"]
+
+
+@pytest.mark.parametrize("spec", [*UNREADABLE, "constant:0.3:0.15", "linear:0.3:0.15@0.5", "cosine:0.3:0.15:0.1"])
 def test_a_masking_schedule_that_cannot_be_read_is_one_line(spec):
     with pytest.raises(SystemExit, match="error: --masking"):
         masking_rate(spec, 0.0)
@@ -367,6 +370,11 @@ def test_a_run_learns_logs_and_leaves_checkpoints_others_can_read(corpus_dir, tm
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "mosaic-tiny"
     assert "attention: reference" in done.stdout and "1 × cpu" in done.stdout
+    corpus = Corpus(corpus_dir, "train")
+    n_windows = sum(math.ceil(n / 30) for n in corpus.lengths)  # 30 tokens of text in each
+    an_epoch = corpus.n_tokens + 2 * n_windows
+    assert f"an epoch: {n_windows:,} windows, {an_epoch:,} tokens" in done.stdout
+    assert f"{60 * 512 / an_epoch:.3g} epochs planned" in done.stdout
     train, evals = records(folder, "train"), records(folder, "eval")
     assert sorted(train) == list(range(10, 61, 10)) and len(evals) == 20
     assert train[60]["loss"] < train[10]["loss"] - 0.3
@@ -1061,7 +1069,7 @@ def test_pretraining_goes_on_from_a_bert_saved_by_transformers(bert, bert_corpus
         ("stem", "foreign", "", "trained with another tokenizer than"),
         ("bert", "own", "", "trained with another tokenizer than"),
         ("stem", "bert", "", "trained with another tokenizer than"),
-        ("stem", "own", "--model.n_layers 1", "leave out the --model flags"),
+        ("stem", "own", "--model.n_layers 1", "brings a shape of its own; leave out --model.n_layers"),
         ("no/such/folder/anywhere", "own", "", "no checkpoint here"),
     ],
 )
@@ -1103,6 +1111,31 @@ def test_a_run_knows_the_weights_it_began_from(stem, corpus_dir, tmp_path, here)
     with pytest.raises(SystemExit) as e:
         here(argv)
     assert "step_00000050 has no weights" in one_line(e)
+
+
+def test_weights_from_elsewhere_go_with_another_way_to_train_them(stem, corpus_dir, tmp_path, here):
+    more = "--model.output_dropout 0.25 --model.activation_checkpointing"
+    args = f"{SMALL} --max_steps 2 --start_from {stem} {more}"
+    assert "saved" in here(command(corpus_dir, tmp_path, args))
+    brought, now = settings(stem)["model"], settings(tmp_path / "mosaic-tiny")["model"]
+    assert now == brought | {"output_dropout": 0.25, "activation_checkpointing": True}
+    assert "is finished" in here(command(corpus_dir, tmp_path, args))
+    with pytest.raises(SystemExit) as e:
+        here(command(corpus_dir, tmp_path, args.replace("0.25", "0.5")))
+    assert "other settings (model)" in one_line(e)
+
+
+def test_a_setting_that_did_not_exist_yet_has_its_default_in_older_runs(stem, corpus_dir, tmp_path, here):
+    shutil.copytree(stem, tmp_path / "nano-tiny")
+    config = tmp_path / "nano-tiny/config.json"
+    facts = json.loads(config.read_text())
+    assert facts["train"].pop("grad_clip") == 0.0 and facts["train"]["model"].pop("norm") == "post"
+    config.write_text(json.dumps(facts))
+    assert "is finished" in here(command(corpus_dir, tmp_path, STEM, preset="nano-tiny"))
+    assert "annealing" in here(branch(tmp_path / "nano-tiny", 40, "--name", "of-it"))
+    with pytest.raises(SystemExit) as e:
+        here(command(corpus_dir, tmp_path, f"{STEM} --grad_clip 1", preset="nano-tiny"))
+    assert "grad_clip 0.0 -> 1.0" in one_line(e)
 
 
 def test_a_branch_of_a_run_whose_corpus_was_prepared_anew_is_refused(stem, tmp_path, here):
