@@ -11,11 +11,7 @@ from statistics import mean, stdev
 
 from scipy.stats import ttest_rel
 
-UNITS = {
-    "tokens": "tokens",
-    "flops": "training FLOPs",
-    "time": "tokens of the first preset, and its time for the others",
-}
+from records import BUDGETS
 
 
 def short(x: float) -> str:
@@ -70,17 +66,20 @@ def leaderboard(records: list[dict], failed: dict[str, str], title: str, command
 
     for budget in budgets:
         _, first, lower, _ = metrics[0]
-        place = {a: mean(v.values()) * (1 if lower else -1) for (b, a), v in first.items() if b == budget and v}
+        own_seeds = {a: v for (b, a), v in first.items() if b == budget and v}
+        most = max(map(len, own_seeds.values()), default=0)  # only arms with all seeds have a rank; the others follow
+        place = {a: mean(v.values()) * (1 if lower else -1) for a, v in own_seeds.items() if len(v) == most}
         head = ["rank", "what", *[m[0] for m in metrics], "seeds", "parameters", "tokens", "FLOPs", "device-hours"]
         lines = []
         for rank, arm in enumerate(sorted([a for b, a in runs if b == budget], key=lambda a: place.get(a, 1e9)), 1):
             own = list(runs[budget, arm].values())
-            line = [rank, arm, *[with_error([*v[budget, arm].values()], digits) for _, v, _, digits in metrics]]
+            line = [rank if arm in place else "–", arm]
+            line += [with_error([*v[budget, arm].values()], digits) for _, v, _, digits in metrics]
             line += [len(own), f"{own[0]['n_params']:,}", short(own[0]["tokens"]), f"{own[0]['flops']:.2e}"]
             line += [f"{mean(r['gpu_seconds'] for r in own) / 3600:.3g}", f"{mean(r['dollars'] for r in own):.2f}"]
             line += [", ".join(sorted({f"{r['world_size']} × {r['device']}" for r in own}))]
             lines.append([*line, ", ".join(sorted({str(r["revision"]) for r in own}))])
-        text += [f"## {short(budget)} {UNITS[rows[0]['equal']]}"]
+        text += [f"## {short(budget)} {BUDGETS[rows[0]['equal']]}"]
         text += [*table([*head, "dollars", "hardware", "revision"], lines), ""]
         if len(tasks) > 1:
             by_task = [

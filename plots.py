@@ -35,7 +35,7 @@ import tyro
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from flags import OPTIONS, one_line_refusals
-from records import PUBLISHED, Run, expand, listed, load, note, read_reports, read_sweep
+from records import BUDGETS, PUBLISHED, Run, expand, listed, load, note, read_reports, read_sweep
 
 # Okabe & Ito's colour-blind-safe palette without its yellow (pale on white) and its black (the frontier's);
 # markers and dashes say the same again, for readers of a grey print. Unknown families come after the known.
@@ -68,7 +68,7 @@ Point = namedtuple("Point", "series family at x y err n_runs n_seeds")
 # Settings in which replicates of one run may differ: these and its seed. Other differences make other lines.
 FREE = {"seed", "name", "out", "data", "preset", "device", "compile", "wandb", "micro_tokens", "gpu_dollars_per_hour"}
 FREE |= {"max_steps", "max_tokens", "max_minutes", "eval_every", "eval_tokens", "pppl_tokens", "checkpoint_every"}
-FREE |= {"log_every", "cooldown_from", "skip_nan", "grad_reduce", "attention"}
+FREE |= {"log_every", "cooldown_from", "began_from", "skip_nan", "grad_reduce", "attention"}
 
 
 # ------------------------------------------------------------------------------------------- statistics
@@ -77,28 +77,26 @@ def standard_error(values: list[float]) -> float:
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
-def frontier(x: list[float], y: list[float], lower: bool = False) -> np.ndarray:
-    """(n,) bool: the points that no other beats, by being no dearer, no worse, and better in one of the two.
-    lower=True: a smaller y is better."""
+def frontier(x: list[float], y: list[float], lower: bool = False, same: float = 0.01) -> np.ndarray:
+    """(n,) bool: the points that no other beats, by being better and no more expensive, or as good and cheaper. Costs
+    that differ by less than the share `same` are equal. lower=True: a smaller y is better."""
     x, y = np.asarray(x, float), np.asarray(y, float) * (-1 if lower else 1)
-    on, best = np.zeros(len(x), bool), (math.nan, -math.inf)
-    for i in np.lexsort((-y, x)):  # cheapest first, the best of equal cost first
-        if y[i] > best[1] or (x[i], y[i]) == best:
-            on[i], best = True, (x[i], y[i])
-    return on
+    beaten = [((y > b) & (x <= a * (1 + same)) | (y >= b) & (x < a * (1 - same))).any() for a, b in zip(x, y)]
+    return ~np.array(beaten, bool) & np.isfinite(y)
 
 
 def points(records: list[dict], x: str) -> list[Point]:
-    """Averages records (keys series, family, path, at, task, score, and the cost x) into Points.
+    """Averages records (keys series, family, path, at, planned, task, score, and the cost x) into Points.
 
     A run's score: mean over seeds, then over tasks. Runs of one series at one budget are replicates: averaged,
-    with the error over runs. A single run has the error over its fine-tuning seeds, tasks taken as
-    independent: sqrt(sum of squared errors) / tasks, to which a task with one seed adds nothing.
+    with the error over runs; not so the middle of a run with the end of a shorter one, which differ in `planned`.
+    A single run has the error over its fine-tuning seeds, tasks taken as independent: sqrt(sum of squared errors) /
+    tasks, to which a task with one seed adds nothing.
     """
     groups, costs = defaultdict(lambda: defaultdict(lambda: defaultdict(list))), defaultdict(list)
     for r in records:
         if isinstance(r.get(x), int | float) and math.isfinite(r[x]):
-            key = r["series"], r["family"], r["at"]
+            key = r["series"], r["family"], r["at"], r.get("planned")
             groups[key][r["path"]][r["task"]].append(r["score"])
             costs[key].append(r[x])
     out = []
@@ -107,7 +105,7 @@ def points(records: list[dict], x: str) -> list[Point]:
         y = [float(np.mean([np.mean(scores) for scores in by_task.values()])) for by_task in by_run.values()]
         errors = [e for scores in jobs if not math.isnan(e := standard_error(scores))]
         err = standard_error(y) if len(y) > 1 else math.hypot(*errors) / len(jobs) if errors else math.nan
-        out.append(Point(*key, float(np.mean(costs[key])), float(np.mean(y)), err, len(y), max(map(len, jobs))))
+        out.append(Point(*key[:3], float(np.mean(costs[key])), float(np.mean(y)), err, len(y), max(map(len, jobs))))
     return sorted(out, key=lambda p: (p.series, p.x))
 
 
@@ -196,7 +194,10 @@ def finish(fig, out: str, title: str, lines: list[str], handles: list) -> None:
         columns = max(1, min(len(handles), 105 // (max(len(h.get_label()) for h in handles) + 10)))
         fig.legend(handles=handles, loc="outside lower center", ncols=columns)
         fig.set_figheight(fig.get_figheight() + 0.18 * (math.ceil(len(handles) / columns) - 2))
-    targets = [Path(out).with_suffix(".png"), Path(out).with_suffix(".svg")]
+    if not Path(out).name or out.endswith("/") or Path(out).is_dir() or Path(out).suffix in (".pdf", ".jpg", ".jpeg"):
+        raise SystemExit(f"error: --out {out}: give the .png to write; an .svg goes beside it")
+    stem = Path(out).with_suffix("") if Path(out).suffix in (".png", ".svg") else Path(out)
+    targets = [stem.with_name(stem.name + suffix) for suffix in (".png", ".svg")]
     parts = [t.with_name(f".{t.name}.{os.getpid()}") for t in targets]
     try:
         targets[0].parent.mkdir(parents=True, exist_ok=True)
@@ -212,6 +213,25 @@ def finish(fig, out: str, title: str, lines: list[str], handles: list) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- figures
+# a run's length in its settings, the first that is not 0 -> what has reached it in a record, in units of that
+LENGTHS = {"max_minutes": (COSTS["seconds"][1], 60), "max_tokens": ("tokens", 1), "max_steps": ("step", 1)}
+
+
+def reached_its_length(record: dict, settings: dict) -> bool:
+    """Whether this checkpoint is the end of its run as it was planned; True where the settings do not say."""
+    for name, (key, unit) in LENGTHS.items():
+        if settings.get(name):
+            return (record.get(key) or 0) >= settings[name] * unit
+    return True
+
+
+def planned_minute(record: dict, minutes: float | None) -> float:
+    """Where replicates are at the same place: the step, or of a run of so many minutes the nearest twentieth of it."""
+    if not minutes or not record["step"]:
+        return record["step"]
+    return minutes * round(20 * (record.get(COSTS["seconds"][1]) or 0) / (60 * minutes)) / 20
+
+
 def pareto_records(runs: list[Run], metric: str, x: Cost, task: str, by: str) -> tuple[list[dict], list[str]]:
     """What pareto draws, as records for points(), and the tasks averaged: `task`, or all that every
     checkpoint has. Held-out records become fine-tuning records of a task named like the metric."""
@@ -222,21 +242,20 @@ def pareto_records(runs: list[Run], metric: str, x: Cost, task: str, by: str) ->
     for run in runs:
         own, held_out = run.glue, run.eval
         if metric != "glue":
-            cost = held_out[log_key]
-            if len(run.train["step"]) and np.isnan(cost).any():  # held-out records carry only some of the costs
-                cost = np.interp(held_out["step"], run.train["step"], run.train[log_key])
-            rows = zip(held_out["step"].tolist(), held_out[metric].tolist(), cost.tolist())
-            own = [{"task": metric, "step": s, "score": v, key: c} for s, v, c in rows if s and math.isfinite(v)]
-            seconds = dict(zip(held_out["step"].tolist(), held_out["train_seconds"].tolist()))
-            own = [{COSTS["seconds"][1]: seconds[r["step"]], **r} for r in own]
-        if run.path.name in stems or run.settings.get("cooldown_from"):
-            end = max([*held_out["step"], *(r["step"] for r in own)], default=0)
+            columns = [held_out[c].tolist() for c in ("step", metric, log_key, "train_seconds", "tokens")]
+            rows = [dict(zip(("step", "score", key, COSTS["seconds"][1], "tokens"), row)) for row in zip(*columns)]
+            own = [{"task": metric, **r} for r in rows if r["step"] and math.isfinite(r["score"])]
+        branch, end = bool(run.settings.get("cooldown_from")), max((r["step"] for r in own), default=0)
+        if run.path.name in stems:
+            own = [r for r in own if not r["step"] or (r["step"] == end and reached_its_length(r, run.settings))]
+        elif branch:
             own = [r for r in own if r["step"] in (0, end)]
         about = {"path": run.path, "family": run.family, "device": run.device}
-        minutes = run.settings.get("max_minutes")  # replicates stop at the same minute, not at the same step
+        lengths = {k: v for k in LENGTHS if (v := run.settings.get(k))}
         for r in own:
-            planned = minutes and minutes * round(20 * (r.get(COSTS["seconds"][1]) or 0) / (60 * minutes)) / 20
-            records.append({**r, **about, "at": planned if r["step"] and planned else r["step"]})
+            annealed = branch or not r["step"] or reached_its_length(r, run.settings)
+            at = planned_minute(r, run.settings.get("max_minutes"))
+            records.append({**r, **about, "at": at, "planned": None if annealed else str(lengths)})
     last = {}  # of a run only the last checkpoint before a planned minute: two of them are not two replicates
     for r in records:
         last[r["path"], r["at"]] = max(r["step"], last.get((r["path"], r["at"]), 0))
@@ -335,8 +354,10 @@ def pareto(runs: Runs, out: Out = "plots/pareto.png", x: Cost = "seconds", task:
         "pseudo_perplexity": ("Held-out pseudo-perplexity", ""),
     }[metric]
     ax.set_ylabel(what + unit_of_it)
-    facts = [f"{n_seeds} fine-tuning seed{'s' * (n_seeds > 1)}"] if metric == "glue" else []
-    facts += [f"{n_runs} runs per point"] * (n_runs > 1)
+    seeds, of = (sorted({getattr(p, n) for p in trained}) for n in ("n_seeds", "n_runs"))
+    few = f"{seeds[0]} to " * (seeds[0] < n_seeds)
+    facts = [f"{few}{n_seeds} fine-tuning seed{'s' * (n_seeds > 1)}"] if metric == "glue" else []
+    facts += [f"{f'{of[0]} to ' * (of[0] < n_runs)}{n_runs} runs per point"] * (n_runs > 1)
     facts += ["bars: ± 1 standard error"] * any(p.err > 0 for p in trained)
     on_device = defaultdict(set)
     for r in records:
@@ -563,16 +584,12 @@ def ablation(sweeps: Runs, out: Out = "plots/ablation.png", budget: float = 0.0)
         ax.grid(axis="y", visible=False)
     axes[0, 0].set_yticks(range(len(variants)), variants)
     axes[0, 0].set_ylim(len(variants) - 0.5, -0.5)
-    unit = {
-        "tokens": "tokens",
-        "flops": "training FLOPs",
-        "time": "tokens of the first preset, its time for the others",
-    }
     n = f"n = {' to '.join(map(str, sorted({min(counts), max(counts)})))}" if counts else "no seed in common"
-    said = listed(list(dict.fromkeys(f"{lengths[sweep]:,.9g} {unit[equal]}" for sweep, equal in equals.items())))
+    said = listed(list(dict.fromkeys(f"{lengths[sweep]:,.9g} {BUDGETS[equal]}" for sweep, equal in equals.items())))
     what = f"{said} · on {listed(sorted({r['device'] for r in rows}))}"
     lines = [f"variant − preset as it is, paired by seed, {n} · {what}"]
-    lines += ["bars: 95 % confidence interval of each alone · filled marker: 0 is outside · no bar: no spread"]
+    lines += ["bars: 95 % confidence interval of each alone · filled marker: 0 is outside"]
+    lines[-1] += " · no bar: shorter than the marker, or one seed"
     handles = [plt.Line2D([], [], label=name, **{**look, "linestyle": ""}) for name, look in style.items()]
     finish(fig, out, "What each change does", lines, handles)
 
@@ -585,8 +602,10 @@ def glue(runs: Runs, out: Out = "plots/glue.png", baseline: str = "") -> None:
     """
     loaded = [r for r in load(runs, logs=False) if r.glue]
     names = name_series(loaded, by_run=True)
-    last = {r.path: max(g["step"] for g in r.glue) for r in loaded}
-    rows = {names[r.path]: [g for g in r.glue if g["step"] == last[r.path]] for r in loaded}
+    rows = {}
+    for r in loaded:  # weights from elsewhere have step 0, as have the random ones they are compared with
+        trained = [g for g in r.glue if g.get("checkpoint") != "random"] or r.glue
+        rows[names[r.path]] = [g for g in trained if g["step"] == max(t["step"] for t in trained)]
     if not rows:
         raise SystemExit("error: no fine-tuning result (glue/*.jsonl) in these run folders yet; nothing drawn")
     baseline = baseline or next(iter(rows))
@@ -602,7 +621,8 @@ def glue(runs: Runs, out: Out = "plots/glue.png", baseline: str = "") -> None:
         scores, tasks = np.column_stack([scores, scores[:, shared].mean(1)]), [*tasks, f"mean of {shared.sum()}"]
     gain = scores - scores[list(rows).index(baseline)]
     limit = np.nanmax(np.abs(gain), initial=1.0)
-    fig, ax = plt.subplots(figsize=(2.8 + 0.75 * len(tasks), 1.3 + 0.42 * len(rows)))
+    ticks = [f"{name}, step {row[0]['step']}" for name, row in rows.items()]
+    fig, ax = plt.subplots(figsize=(2.2 + 0.07 * max(map(len, ticks)) + 0.75 * len(tasks), 1.5 + 0.42 * len(rows)))
     image = ax.pcolormesh(np.ma.masked_invalid(gain), cmap="PuOr", vmin=-limit, vmax=limit, ec="white", lw=1.5)
     for (i, j), score in np.ndenumerate(scores):
         text = "–" if math.isnan(score) else f"{score:.1f}"
@@ -611,13 +631,13 @@ def glue(runs: Runs, out: Out = "plots/glue.png", baseline: str = "") -> None:
         dark = math.isfinite(gain[i, j]) and image.to_rgba(gain[i, j])[:3] @ np.array([0.299, 0.587, 0.114]) < 0.5
         ax.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=7.5, color="white" if dark else "black")
     ax.set_xticks(np.arange(len(tasks)) + 0.5, tasks)
-    ax.set_yticks(np.arange(len(rows)) + 0.5, [f"{name}, step {row[0]['step']}" for name, row in rows.items()])
+    ax.set_yticks(np.arange(len(rows)) + 0.5, ticks)
     ax.tick_params(length=0)
     ax.grid(False)
     ax.spines[:].set_visible(False)
     ax.invert_yaxis()
     fig.colorbar(image, label="points", aspect=12).outline.set_visible(False)
-    finish(fig, out, f"Dev scores (%), and points above {baseline}", [], [])
+    finish(fig, out, "Dev scores (%)", [f"below: points above {baseline}"] * (len(rows) > 1), [])
 
 
 if __name__ == "__main__":

@@ -11,6 +11,11 @@ from pathlib import Path
 import numpy as np
 
 PUBLISHED = Path(__file__).parent / "results" / "published.json"
+BUDGETS = {  # what sweep.py's --equal makes its budgets be
+    "tokens": "tokens",
+    "flops": "training FLOPs",
+    "time": "tokens of the first preset, and its time for the others",
+}
 BASIC = ["step", "tokens", "loss"]
 LOGGED = [*BASIC, "accuracy", "pseudo_perplexity", "masking", "tok_per_s", "mfu"]
 LOGGED += ["train_seconds", "gpu_seconds", "dollars"]
@@ -118,6 +123,19 @@ def runs_of_sweep(path: Path, rows: list[dict]) -> list[Run]:
     return runs
 
 
+def of_one_kind(jobs: list[dict]) -> tuple[list[dict], int]:
+    """Fine-tunings that may be averaged, and how many may not. Of a task and checkpoint those with the recipe, data and
+    weights of the last one; a job that was run again (same seed too) counts once, by its last record."""
+
+    def key(r: dict, *names: str) -> str:
+        return json.dumps([r.get(name) for name in names], sort_keys=True)
+
+    of, kind = ("task", "checkpoint"), ("recipe", "data", "weights")
+    last = {key(r, *of): key(r, *kind) for r in jobs}
+    kept = {key(r, *of, "seed"): r for r in jobs if key(r, *kind) == last[key(r, *of)]}
+    return list(kept.values()), len({key(r, *of, *kind, "seed") for r in jobs}) - len(kept)
+
+
 def load(paths: tuple[str, ...], logs: bool = True) -> list[Run]:
     """Reads the run folders and sweeps among paths; patterns are expanded, other things mentioned and left out.
     logs=False leaves out training records. No run: one line and exit 1."""
@@ -138,13 +156,14 @@ def load(paths: tuple[str, ...], logs: bool = True) -> list[Run]:
         for file in [log, *sorted(path.glob("glue/*.jsonl"))]:
             if file.is_file():
                 stride = math.inf if not logs else math.ceil(file.stat().st_size / budget)
-                found, skipped = read_jsonl(file, stride if file == log else 1)
-                records += found
+                lines, skipped = read_jsonl(file, stride if file == log else 1)
+                records += lines
                 damaged[path] += skipped
         headers = [r for r in records if r["type"] == "header"]
-        # A job that was run again (same task, checkpoint and seed) counts once, by its last record.
         jobs = [{**r, "task": str(r.get("task"))} for r in records if r["type"] == "glue" and math.isfinite(r["score"])]
-        glue = list({(r["task"], str(r.get("checkpoint")), str(r.get("seed"))): r for r in jobs}.values())
+        glue, older = of_one_kind(jobs)
+        if older:
+            note(f"{path}: {older} fine-tuning(s) with another recipe, data or weights than the last, left out")
         about = {**(glue[-1] if glue else {}), **(headers[-1] if headers else {})}
         on = [(f"{n}× " if (n := r.get("world_size", 1)) != 1 else "") + str(r.get("device")) for r in headers or glue]
         runs.append(Run(path, str(about.get("family")), str(about.get("preset")),

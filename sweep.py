@@ -40,8 +40,8 @@ import finetune_glue
 from corpus import to_json, write_atomically
 from flags import one_line_refusals, read_command_line
 from leaderboard import leaderboard, short
-from machine import device_name
-from recipes import FREE_TO_CHANGE, TrainConfig, check_config, make_presets, mean_masking_rate
+from machine import device_name, pick_device
+from recipes import FREE_TO_CHANGE, TrainConfig, check_config, known_settings, make_presets, mean_masking_rate
 from records import read_jsonl
 
 try:
@@ -217,9 +217,10 @@ def tokens_of_budgets(cfg: Config, arms: list[Arm], speeds: dict[str, dict]) -> 
     return tokens
 
 
-def make_jobs(cfg: Config, arms: list[Arm], speeds: dict[str, dict]) -> list[Job]:
-    """The jobs in the order to run them, seed by seed; a stem before its branches, a model before its fine-tuning."""
-    jobs, tokens = [], tokens_of_budgets(cfg, arms, speeds)
+def make_jobs(cfg: Config, arms: list[Arm], tokens: dict[str, dict[float, int]]) -> list[Job]:
+    """The jobs in the order to run them, seed by seed; a stem before its branches, a model before its fine-tuning.
+    tokens: as from tokens_of_budgets."""
+    jobs = []
     for seed, arm in product(cfg.seeds, arms):
         sizes, stem = tokens[arm.name], None
         for budget in sorted(sizes, reverse=True):
@@ -290,13 +291,14 @@ def progress(run: Path) -> dict:
 def recipe_of(settings: dict) -> dict:
     """Settings of a run, as JSON has them, without those that the sweep, its data or a mere repetition decide."""
     recipe = {k: v for k, v in settings.items() if k not in OURS | FREE_TO_CHANGE}
-    recipe["model"] = {k: v for k, v in recipe.get("model", {}).items() if k != "vocab_size"}
+    recipe["model"] = {k: v for k, v in recipe["model"].items() if k != "vocab_size"}
     return json.loads(json.dumps(recipe))
 
 
 def other_settings(job: Job) -> str:
     """The settings in which a finished run differs from its arm today, as when a preset has changed; "" for none."""
-    trained, now = (recipe_of(s) for s in (read_json(job.run / "config.json").get("train", {}), asdict(job.arm.cfg)))
+    trained = read_json(job.run / "config.json").get("train", {"model": {}})
+    trained, now = recipe_of(known_settings(trained)), recipe_of(asdict(job.arm.cfg))
     if now.get("start_from"):
         del now["model"]  # those weights bring their own
     return ", ".join(k for k, v in now.items() if trained.get(k) != v)
@@ -335,7 +337,7 @@ def measure_speeds(cfg: Config, arms: list[Arm], state: Path, started: float) ->
     few = ["--log_every", str(max(1, steps // 6)), "--checkpoint_every", "0.99", "--eval_every", "0.99"]
     few += ["--max_steps", str(steps), "--pppl_tokens", "0"]
     with claim(state / "speed.lock", wait=True) as lock:
-        known, here = read_json(path), [device_name(), steps, *data_flags(cfg)]
+        known, here = read_json(path), [device_name(pick_device("auto")), steps, *data_flags(cfg)]
         words = {arm.name: [*here, json.dumps(recipe_of(asdict(arm.cfg)))] for arm in arms}
         same = {k: v for k, v in known.items() if v["words"] == words.get(k) and v.get("against") == arms[0].name}
         valid = {k for k, v in same.items() if v.get("ratio") or v.get("failed_at", 0) >= started}
@@ -494,18 +496,24 @@ def sweep(cfg: Config) -> int:
         now["first preset"] = cfg.presets[0]
     if cfg.equal == "tokens":  # the same for all arms: whole steps of each; what cannot be is refused here
         now["tokens"] = [*tokens_of_budgets(cfg, arms, {})[arms[0].name].values()]
+    folder = Path(cfg.results, cfg.name)
     state.mkdir(parents=True, exist_ok=True)
     with claim(state / "sweep.lock", wait=True):
         old = read_json(state / "sweep.json")
         if differ := "; ".join(f"{'--' * (k in FIXED)}{k} {v} -> {now[k]}" for k, v in old.items() if now.get(k) != v):
             raise SystemExit(f"error: {state.parent} holds a sweep with {differ}; give this one another --name")
+        if not old and (folder / "records.jsonl").exists():
+            raise SystemExit(f"error: {folder} holds results of other runs than in {state.parent}; give another --name")
         if not cfg.dry_run:
             write_atomically(state / "sweep.json", to_json(now))
     speeds = measure_speeds(cfg, arms, state, started)
     failed = {f"timing {name}": s["error"] for name, s in speeds.items() if "error" in s}
     if f"timing {arms[0].name}" in failed and cfg.equal == "time":
         raise SystemExit(f"error: the first preset cannot be timed: {failed[f'timing {arms[0].name}']}")
-    jobs = make_jobs(cfg, [arm for arm in arms if "error" not in speeds[arm.name]], speeds)
+    runnable = [arm for arm in arms if "error" not in speeds[arm.name]]
+    # equal tokens come from the steps of all arms, so that one that fails today changes nothing for the others
+    tokens = tokens_of_budgets(cfg, arms if cfg.equal == "tokens" else runnable, speeds)
+    jobs = make_jobs(cfg, runnable, tokens)
     if rank == 0:
         announce(cfg, jobs, speeds, state, workers)
     if cfg.dry_run:
@@ -513,7 +521,7 @@ def sweep(cfg: Config) -> int:
     failed |= work(jobs, state, started)
     if rank:
         return 0
-    rows, folder = collect(cfg, jobs), Path(cfg.results, cfg.name)
+    rows = collect(cfg, jobs)
     if rows:
         folder.mkdir(parents=True, exist_ok=True)
         keep = ("tok_per_s", "ratio", "flops_per_token", "n_params", "device", "revision")

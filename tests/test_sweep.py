@@ -23,11 +23,15 @@ REPO = Path(sweep.__file__).parent
 
 # A stand-in trains nothing: it writes what the real one would, counts its calls, and can be told to fail or to wait.
 RECIPES = """
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+@dataclass
+class EncoderConfig:
+    vocab_size: int = 0
 @dataclass
 class TrainConfig:
     lr: float = 1.0
+    model: EncoderConfig = field(default_factory=EncoderConfig)
     batch_tokens: int = 100
     warmup: float = 0.06
     cooldown: float = 0.2
@@ -53,6 +57,8 @@ def make_presets():
     return {"mosaic-tiny": ("", new), "bert-tiny": ("", TrainConfig())}
 def check_config(cfg, world_size):
     pass
+def known_settings(settings):
+    return settings
 def mean_masking_rate(spec):
     return sum(map(float, (spec.split(":") * 2)[1:3])) / 2 if spec.startswith("linear") else float(spec[9:])
 """
@@ -394,6 +400,27 @@ def test_a_variant_that_cannot_even_be_timed_is_listed_and_the_others_run(stand_
     assert {r["arm"] for r in rows(stand_ins)} == {"mosaic-tiny"}
 
 
+def test_a_variant_that_cannot_be_timed_changes_no_tokens_of_the_others(stand_ins):
+    """Equal tokens are whole steps of all arms, of 100 and of 350, also while one of them fails."""
+    args = ["mosaic-tiny", "--seeds", 1, "--budgets", 10_200, "--vary", "big:batch_tokens=350,lr=666"]
+    run(stand_ins, *args, code=1)
+    assert {(r["arm"], r["tokens"]) for r in rows(stand_ins)} == {("mosaic-tiny", 10_500)}
+    (stand_ins / "repaired").touch()
+    run(stand_ins, *args)
+    assert {(r["arm"], r["tokens"]) for r in rows(stand_ins)} == {("mosaic-tiny", 10_500), ("mosaic-tiny+big", 10_500)}
+    assert calls(stand_ins).count("mosaic-tiny-s1-10.2K None None") == 1
+
+
+def test_results_of_a_sweep_whose_runs_are_elsewhere_are_not_overwritten(stand_ins):
+    """As those that come with a clone."""
+    args = ["mosaic-tiny", "--seeds", 1, "--budgets", 10_000]
+    run(stand_ins, *args)
+    before = rows(stand_ins)
+    said = run(stand_ins, *args, "--seeds", 2, "--out", "elsewhere", code=1)
+    assert "results/sweep holds results of other runs than in elsewhere/sweep; give another --name" in said
+    assert rows(stand_ins) == before
+
+
 def test_other_settings_under_the_same_name_are_refused(stand_ins):
     run(stand_ins, "mosaic-tiny", "--seeds", 1, "--budgets", 10_000)
     said = run(stand_ins, "mosaic-tiny", "--seeds", 1, "--budgets", 10_000, 20_000, code=1)
@@ -474,6 +501,15 @@ def test_only_seeds_that_both_have_are_compared_and_tasks_are_averaged_over_comp
     assert "| 1 | base | 65.00 ± 5.00 | 6.6667 ± 1.2019 | 3 |" in text and "mean of 2 tasks (%)" in text
     assert "| base | other | 1M | mean of 2 tasks (%) | 0.00 ± 0.00 | 2 | – | the same difference" in text
     assert "| base | 73.3 ± 8.8 | 65.0 ± 5.0 |" in text  # RTE of three seeds, CoLA of two
+
+
+def test_an_arm_without_all_seeds_has_no_rank():
+    """Seed 1 is the hard one here: alone, the better arm looks worse."""
+    records = [row("base", s, v) for s, v in ((1, 5.0), (2, 4.0), (3, 4.0))]
+    records += [row("base+x", 1, 4.6, variant="x")]
+    text = leaderboard(records, {}, "t", "c")
+    assert "| 1 | base | 4.3333" in text and "| – | base+x | 4.6000 | 1 |" in text
+    assert "| base+x | base | 1M | held-out loss (nats) | -0.4000 | 1 |" in text
 
 
 def test_presets_are_compared_with_the_same_variant_and_variants_with_their_preset():
