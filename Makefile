@@ -9,7 +9,7 @@ VOCAB ?= 4096
 TASK ?= word-order
 GLUE_DIR ?=
 # names that keep demos with other settings apart
-NAME := demo-$(basename $(basename $(notdir $(SOURCE))))-$(VOCAB)-$(TASK)
+NAME := demo-$(basename $(basename $(notdir $(SOURCE:/=))))-$(VOCAB)-$(TASK)
 DATA := data/$(NAME)
 RUN := $(NAME)-$(MINUTES)min
 RUNS := runs/$(RUN)
@@ -77,7 +77,8 @@ lint: .venv/installed
 
 # a figure whose data is not there yet says so and is left out
 plots: .venv/installed
-	@for figure in loss masking throughput glue; do $(PY) plots.py $$figure runs/* || true; done
+	@for figure in loss masking glue; do $(PY) plots.py $$figure runs/* || true; done
+	@$(PY) plots.py throughput runs/* results/step-*.json || true
 	@$(PY) plots.py pareto runs/* results/* || true
 	@for sweep in results/*/records.jsonl; do \
 		$(PY) plots.py ablation $$sweep --out plots/$$(basename $$(dirname $$sweep)).png || true; done
@@ -89,6 +90,6 @@ bench: .venv/installed
 	$(PY) bench.py step
 	$(PY) bench.py data
 
-# only what the demo made
+# the environment, what the demo made, and all of plots/
 clean:
 	rm -rf .venv data/demo-* runs/demo-* plots

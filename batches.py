@@ -45,7 +45,7 @@ class Batch:
 
     input_ids: Tensor  # (T,) int64
     cu_seqlens: Tensor  # (B+1,) int32
-    special: Tensor  # (T,) bool: [CLS] and [SEP], never hidden
+    special: Tensor  # (T,) bool: [CLS] and [SEP], never masked
     n_documents: int
 
 
@@ -227,10 +227,10 @@ def random_bits(seed: int, stream: int, n: int, device: torch.device | str) -> T
 def mask_tokens(
     batch: Batch, tokenizer: Tokenizer, n_masked: int, corruption: str, seed: int, m: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hide exactly `n_masked` tokens of text of micro-batch `m`, chosen uniformly.
+    """Mask exactly `n_masked` tokens of text of micro-batch `m`, chosen uniformly.
 
     Returns corrupted ids (T,), masked_idx (n_masked,) in rising order, and labels (n_masked,), the true ids.
-    80/10/10: of the hidden tokens 80 % become [MASK], 10 % a random ordinary token, 10 % stay (Devlin et al. 2019).
+    80/10/10: of the masked tokens 80 % become [MASK], 10 % a random ordinary token, 10 % stay (Devlin et al. 2019).
     """
     ids = batch.input_ids.to(device, non_blocking=True)
     special = batch.special.to(device, non_blocking=True)
@@ -253,7 +253,7 @@ def mask_tokens(
 def one_mask_each(
     batch: Batch, tokenizer: Tokenizer, n: int, micro_tokens: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The first `n` tokens of text of `batch`, each hidden in a copy of its document that is whole otherwise.
+    """The first `n` tokens of text of `batch`, each masked in a copy of its document that is whole otherwise.
 
     Yields input_ids (T,), cu_seqlens (C+1,), masked_idx (C,) and labels (C,) of C copies each, T around micro_tokens.
     """
@@ -273,7 +273,7 @@ def one_mask_each(
 
 
 def count_masked(batches: Batches, m: int, rate: float) -> int:
-    """How many tokens of micro-batch m to hide: at least one; from 256 on a multiple of 16, at most 8 from the rate's.
+    """How many tokens of micro-batch m to mask: at least one; from 256 on a multiple of 16, at most 8 from the rate's.
     A CPU makes its matmul code anew for every number of rows it meets, and these go through a dozen matmuls."""
     there = batches.n_maskable(m)
     n = max(1, round(rate * there))

@@ -112,7 +112,7 @@ def padded(
 
 @dataclass
 class Contender:
-    """A model in training. `build(m)` makes micro-batch m on a thread, as pretrain.py does; `inputs(m, built)` hides
+    """A model in training. `build(m)` makes micro-batch m on a thread, as pretrain.py does; `inputs(m, built)` masks
     tokens and brings it to the device: (arguments of `loss`, real tokens)."""
 
     name: str

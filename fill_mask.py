@@ -35,7 +35,7 @@ class Config:
 def fill_mask(model: MaskedLM, tokenizer: Tokenizer, text: str, top_k: int = 5) -> list[list[tuple[str, float]]]:
     """For each [MASK] of `text`, in order: the top_k (token text, probability), likeliest first.
 
-    All masks are predicted at once, each as if the others stayed hidden. The model is put in eval mode.
+    All masks are predicted at once, each as if the others stayed masked. The model is put in eval mode.
     ValueError when there is no [MASK], or the text is too long for learned positions.
     """
     ids = torch.tensor([tokenizer.cls_id, *tokenizer.encode_with_masks(text), tokenizer.sep_id])  # (T,)

@@ -240,7 +240,7 @@ def find_starts(cfg: Config) -> list[Start]:
         if (path / "config.json").is_file() and not (path / "ckpt").is_dir():
             folders = [path]
         elif not path.is_dir():
-            raise ValueError(f"{path} is no folder; give a run folder, or one with config.json and weights")
+            raise ValueError(f"{path} is not a folder; give a run folder, or one with config.json and weights")
         elif not (folders := find_checkpoints(path)):
             raise ValueError(f"{path}/ckpt has no complete checkpoint; pretrain.py writes them")
         elif cfg.checkpoints == "latest":
@@ -563,8 +563,9 @@ def pick_tasks(cfg: Config) -> dict[Task, dict[str, Any]]:
         }
     else:
         name = cfg.task_name or (path.parent.name if path.stem == "train" else path.stem)
-        if not name or name in glue.TASKS or set(name) & set(",*/\\"):
-            raise ValueError(f"{name!r} cannot name your task: give a --task_name without , * / that is not GLUE's")
+        if not name or name in (*glue.TASKS, "loss", "accuracy") or set(name) & set(",*/\\"):
+            taken = "GLUE's, loss or accuracy"
+            raise ValueError(f"{name!r} cannot name your task: give a --task_name without , * / that is not {taken}")
         columns = (tuple(cfg.text_columns.split(",")),) if cfg.text_columns else (glue.PAIR, ("sentence",))
         if len(columns[0]) > 2:
             raise ValueError(f"--text_columns {cfg.text_columns}: at most two")

@@ -14,7 +14,8 @@ from typing import TypeVar
 import tyro
 
 T = TypeVar("T")
-OPTIONS = {"use_underscores": True, "config": (tyro.conf.FlagCreatePairsOff,)}  # --no_x only where x is on by itself
+# a switch has one flag, --no_x where x is on by default, else --x; pretrain.py, whose presets differ, has both
+OPTIONS = {"use_underscores": True, "config": (tyro.conf.FlagCreatePairsOff,)}
 
 
 def read_command_line(
@@ -35,7 +36,7 @@ def read_command_line(
 
 @contextmanager
 def one_line_refusals() -> Iterator[None]:
-    """Around a call of tyro: its box about a wrong command line becomes `error: what; perhaps this (where to look)`."""
+    """Around a call of tyro: its box about a wrong command line becomes one line, with what was perhaps meant."""
     said = io.StringIO()
     try:
         with redirect_stderr(said):
@@ -51,7 +52,7 @@ def one_line_refusals() -> Iterator[None]:
         line = re.sub(r"(?<!\.)\.$", "", " ".join(" ".join(what).split()))
         line = re.sub(r"\bSTR | \(required\)", "", line)
         meant = [row.split()[0] for part in more for row in part if row.startswith("--")]
-        hint = f"; perhaps {meant[0]}" if meant and meant[0] not in re.findall(r"[\w-]+", line) else ""
+        hint = f"; did you mean {meant[0]}?" if meant and meant[0] not in re.findall(r"[\w-]+", line) else ""
         where = re.search(r"(\S+\.py.* --help)", " ".join(more[-1]))
         where = f" ({where[1]} lists all)" if where else ""
         print(f"error: {line[0].lower()}{line[1:]}{hint}{where}", file=sys.stderr)

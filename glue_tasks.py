@@ -85,7 +85,7 @@ TASKS = {
 FROM_MNLI = ("RTE", "MRPC", "STS-B")  # small, and better started from the model fine-tuned on MNLI
 COLA_HEADER = ["source", "label", "mark", "sentence"]  # its train and dev files come without one; its test file has it
 
-# Dev scores as published, in the order of TASKS, for orientation. The last column is their mean.
+# Dev scores as published, in the order of TASKS, for orientation.
 PUBLISHED = {
     "MosaicBERT-Base, 70k steps (model card)": (84.95, 90.29, 90.74, 92.46, 55.11, 81.36, 90.03, 89.27),
     "BERT-Base (Portes et al. S3, as ModernBERT quotes it)": (85.4, 91.4, 91.6, 93.1, 59.0, 78.2, 89.5, 89.4),
@@ -158,8 +158,8 @@ def read_table(source: Source, header: list[str] | None = None) -> tuple[list[st
 
             columns = datasets.load_dataset("nyu-mll/glue", source[0], split=source[1])[:]
         except Exception as e:  # the hub client raises a dozen kinds
-            where = f"nyu-mll/glue {source[0]} {source[1]}"
-            raise ValueError(f"{where}: not to be had from the hub ({type(e).__name__}); give --glue_dir") from None
+            what = f"nyu-mll/glue {source[0]} {source[1]}: not available from the Hugging Face Hub"
+            raise ValueError(f"{what} ({type(e).__name__}); give --glue_dir") from None
         return list(columns), enumerate(zip(*columns.values()), 1)
     if not source.is_file():
         raise ValueError(f"{source} is missing")

@@ -57,6 +57,8 @@ def print_fertility(folder: str, others: tuple[str, ...]) -> None:
 
 @dataclasses.dataclass
 class Inspect:
+    """What a prepared folder holds: counts, document lengths, padding, samples, fertility, a histogram."""
+
     folder: str  # a folder made by prepare_c4.py
     split: str = "train"  # train | val
     verify: bool = False  # read every file and check its sha256

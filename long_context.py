@@ -5,8 +5,8 @@
     python long_context.py runs/a runs/b --data data/books --lengths 128 1024 --documents 50
     python long_context.py runs/mosaic-base --data data/pieces --join --split train   # books that come in pieces
 
-From each document the text of the longest window is taken and 15 % of it hidden, once. Then it is cut into windows of
-each length and the same hidden tokens are predicted from each: what differs is only how much context a window holds.
+From each document the text of the longest window is taken and 15 % of it masked, once. Then it is cut into windows of
+each length and the same masked tokens are predicted from each: what differs is only how much context a window holds.
 With ALiBi the loss should fall beyond the length trained at, or at least not rise (Press et al. 2022 saw both).
 Learned positions end at their table. Each run becomes results/long-context-<run>.json, all of them one figure.
 """
@@ -37,7 +37,7 @@ from model import MaskedLM, find_folder
 
 @dataclass
 class Config:
-    """MLM loss of the same hidden tokens in windows of several lengths."""
+    """MLM loss of the same masked tokens in windows of several lengths."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]  # run folders (their latest checkpoints), or checkpoints
     data: str  # folder made by prepare_c4.py with the models' tokenizer
@@ -92,7 +92,7 @@ def windows(ids: Tensor, length: int, tokenizer: Tokenizer) -> tuple[Tensor, Ten
 def evaluate(
     model: MaskedLM, tokenizer: Tokenizer, texts: list[np.ndarray], lengths: tuple[int, ...], dtype: torch.dtype
 ) -> list[dict]:
-    """For each length: mean loss (nats) and accuracy over the hidden tokens, and the loss by position in the window.
+    """For each length: mean loss (nats) and accuracy over the masked tokens, and the loss by position in the window.
 
     15 % of each text is hidden, 80/10/10, the same tokens at every length. `gain`: how much lower the loss of the same
     tokens is than at the first length; `gain_stderr`: its standard error over the texts, None for a single one.
@@ -151,7 +151,7 @@ def draw(records: list[dict], path: Path) -> None:
             axis.axvline(record["seq_len"] or 0, color="0.7", lw=1, zorder=0)
     lengths = [row["length"] for row in records[0]["lengths"]]
     right.axhline(0, color="0.3", lw=0.8, zorder=0)
-    left.set(xlabel="window (tokens); grey: trained at", ylabel="MLM loss of the same hidden tokens (nats)")
+    left.set(xlabel="window (tokens); grey: trained at", ylabel="MLM loss of the same masked tokens (nats)")
     middle.set(xlabel="position in the window (tokens)", ylabel="MLM loss there (nats)")
     right.set(xlabel="position in the window (tokens)", ylabel=f"gain over windows of {lengths[0]:,} (nats)")
     for axis in (left, middle, right):

@@ -2,7 +2,7 @@
 
     from model import MaskedLM, EncoderConfig, PRESETS
     model = MaskedLM(EncoderConfig(**PRESETS["mosaic-base"]))                 # 137,400,384 parameters
-    model = MaskedLM.from_pretrained("runs/demo/ckpt/step_00000400")          # own checkpoint
+    model = MaskedLM.from_pretrained("runs/mine/ckpt/step_00000400")          # own checkpoint
     model = MaskedLM.from_pretrained("mosaicml/mosaic-bert-base")             # official MosaicBERT
     model = MaskedLM.from_pretrained("bert-base-uncased")                     # Hugging Face BERT
 
@@ -94,8 +94,8 @@ class EncoderConfig:
                 raise ValueError(f"{field.name} is {value!r}; choose from {', '.join(allowed)}")
         if self.attention_dropout and self.attention != "reference":
             raise ValueError(
-                f"attention_dropout {self.attention_dropout} needs attention='reference': "
-                "flash attention keeps no probabilities to drop"
+                f"attention_dropout {self.attention_dropout} needs attention='reference' "
+                "(--model.attention reference): flash attention keeps no probabilities to drop"
             )
         if self.position == "learned" and self.max_positions < 1:
             raise ValueError(f"max_positions is {self.max_positions}; learned positions need at least 1")

@@ -121,7 +121,7 @@ def published_points(tasks: list[str], x: Cost) -> list[tuple[str, np.ndarray, l
     if tasks are GLUE's eight, else the mean of the tasks' own scores, where they were published."""
     found = []
     for p in json.loads(PUBLISHED.read_text(encoding="utf-8"))["points"]:
-        hours, price = np.array(p["hours"]), p["dollars_per_gpu_hour"] or math.nan
+        hours, price = np.array(p["hours"]), p.get("dollars_per_gpu_hour") or math.nan
         costs = {
             "seconds": hours * 3600,
             "gpu_hours": hours * 3600 * p["n_gpus"],
@@ -131,7 +131,7 @@ def published_points(tasks: list[str], x: Cost) -> list[tuple[str, np.ndarray, l
         own = [np.mean([p.get("per_task", {}).get(task, math.nan) for task in tasks])]
         score = p["score"] if set(tasks) == GLUE else own
         if np.isfinite(costs[x]).all() and np.isfinite(score).all():
-            found.append((", ".join(filter(None, [p["name"], p["label"], p["hardware"]])), costs[x], score))
+            found.append((", ".join(filter(None, [p["name"], p.get("label"), p["hardware"]])), costs[x], score))
     if not found:
         note(f"no published point has both {x} and a score for {listed(tasks, 8)}")
     return found

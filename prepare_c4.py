@@ -69,7 +69,7 @@ def documents(item: tuple, cfg: "Config", skipped: Counter | None = None) -> Ite
     for text in item_documents(item, cfg.text_key):
         if isinstance(text, BadInput):
             if not cfg.skip_bad:
-                raise BadInput(f"{text}; mend it or pass --skip_bad")
+                raise BadInput(f"{text}; fix it or pass --skip_bad")
             skipped["bad"] += 1
             if skipped["bad"] <= 3:
                 print(f"skipped: {text}", file=sys.stderr, flush=True)
@@ -469,7 +469,7 @@ def main() -> None:
         raise SystemExit("error: a worker process died (out of memory?); the same command continues") from None
     except OSError as e:
         what = "the disk is full" if e.errno == errno.ENOSPC else e.strerror or str(e)
-        raise SystemExit(f"error: {what} ({e.filename}); once that is mended the same command continues") from None
+        raise SystemExit(f"error: {what} ({e.filename}); once that is fixed the same command continues") from None
 
 
 if __name__ == "__main__":

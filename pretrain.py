@@ -662,7 +662,7 @@ def main() -> None:
         inherited = replace(stem_cfg, data=(), start_from="", name=name)
         presets = {preset: (presets[preset][0], inherited)}
     with one_line_refusals():
-        cfg = tyro.extras.overridable_config_cli(presets, use_underscores=True)
+        cfg = tyro.extras.overridable_config_cli(presets, description=__doc__, use_underscores=True)
     if stem:
         cfg.cooldown_from, cfg.data = str(stem), cfg.data or stem_cfg.data
         if (cfg.model, cfg.optimizer) != (stem_cfg.model, stem_cfg.optimizer):

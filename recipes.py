@@ -47,11 +47,11 @@ class TrainConfig:
     micro_tokens: int = 65_536  # tokens of one forward and backward; lower it when memory runs out
 
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the hidden matrices, adamw on everything else
-    lr: float = 5e-4  # peak of adamw
-    muon_lr: float = 0.02  # peak of muon
+    lr: float = 5e-4  # peak learning rate of adamw
+    muon_lr: float = 0.02  # peak learning rate of muon
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
-    weight_decay: float = 0.02  # torch's; = 1e-5 of the paper's decoupled decay at lr 5e-4
+    weight_decay: float = 0.02  # as torch counts it, times lr: 0.02 × 5e-4 is the paper's 1e-5
     grad_clip: float = 0.0  # largest gradient norm; 0: none, as the paper
     schedule: Literal["linear", "wsd"] = "linear"  # after the warm-up; wsd: flat, then down
     warmup: float = 0.06  # share of the run
@@ -59,7 +59,7 @@ class TrainConfig:
     final_lr: float = 0.02  # learning rate at the end, as a share of the peak
 
     masking: str = "constant:0.3"  # constant:p | linear:p:q | cosine:p:q | step:p:q@share
-    corruption: Literal["80/10/10", "mask"] = "80/10/10"  # hidden tokens: [MASK]/random/kept, or all [MASK]
+    corruption: Literal["80/10/10", "mask"] = "80/10/10"  # masked tokens: [MASK]/random/kept, or all [MASK]
 
     eval_every: float = 0.05  # share of the run (below 1) or steps
     eval_tokens: int = 1_048_576  # of the validation split; for one seq_len always the same tokens and 15 % masks
@@ -260,7 +260,7 @@ def batch_at(cfg: TrainConfig, tokens: int) -> int:
 
 
 def masking_rate(spec: str, done: float) -> float:
-    """Share of tokens to hide when the share `done` of the run is over.
+    """Share of tokens to mask when the share `done` of the run is over.
 
     Falling rates beat constant ones: +0.46 GLUE for linear:0.3:0.15 over constant:0.15 on BERT-base
     (Ankner et al. 2023, arXiv 2305.15096).
@@ -284,7 +284,7 @@ def masking_rate(spec: str, done: float) -> float:
 
 
 def mean_masking_rate(spec: str) -> float:
-    """Share of tokens hidden over a whole run: what its FLOPs and its speed depend on."""
+    """Share of tokens masked over a whole run: what its FLOPs and its speed depend on."""
     return fmean(masking_rate(spec, i / 1000) for i in range(1001))
 
 

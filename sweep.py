@@ -331,7 +331,7 @@ def call(command: list[str], output: Path, lock: IO) -> str:
 def measure_speeds(cfg: Config, arms: list[Arm], state: Path, started: float) -> dict[str, dict]:
     """{arm: tok_per_s of each round, ratio to the first arm's, flops_per_token ..., or error}. Arms not timed before
     run a few steps, in turns with the first; five rounds where the speeds decide how long the runs are, else one. They
-    hide the mean share of a run: where it falls, it would fall faster here, and each step would be a shape of its own.
+    mask the mean share of a run: where it falls, it would fall faster here, and each step would be a shape of its own.
     """
     path, rounds, steps = state / "speed.json", 5 if cfg.equal == "time" else 1, cfg.timing_steps
     few = ["--log_every", str(max(1, steps // 6)), "--checkpoint_every", "0.99", "--eval_every", "0.99"]

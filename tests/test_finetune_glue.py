@@ -1032,7 +1032,7 @@ def test_bad_files_get_one_line(run, tmp_path, capsys):
 def test_bad_settings_get_one_line(run, tmp_path, tokenizer, capsys):
     task = toy_task(tmp_path, 40)
     assert "unknown task 'SST2'; known: MNLI, QQP" in fails(capsys, [str(run), "--task", "SST2"])
-    assert "is no folder" in fails(capsys, ["gone", *task])
+    assert "is not a folder" in fails(capsys, ["gone", *task])
     (tmp_path / "empty").mkdir()
     assert "no complete checkpoint" in fails(capsys, [str(tmp_path / "empty"), *task])
     assert "give a run folder" in fails(capsys, task)
@@ -1045,7 +1045,7 @@ def test_bad_settings_get_one_line(run, tmp_path, tokenizer, capsys):
     assert "takes both files: --task path/to/train.tsv --eval" in fails(capsys, [str(run), "--task", "RTE", *task[2:]])
     assert "takes both files: --task path/to/train.tsv --eval" in fails(capsys, [str(run), *task[2:]])
     assert "--regression is for a task of your own" in fails(capsys, [str(run), "--task", "RTE", "--regression"])
-    for name in ("RTE", "a/b", "a,b"):
+    for name in ("RTE", "a/b", "a,b", "loss"):
         assert f"{name!r} cannot name your task" in fails(capsys, [str(run), *task, "--task_name", name])
     write_checkpoint(tmp_path / "elsewhere/small", tokenizer, 10)
     assert "are both called small step_00000010; rename one" in fails(
@@ -1072,7 +1072,7 @@ def test_an_unreachable_hub_gets_one_line(run, capsys, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     message = fails(capsys, [str(run), "--task", "RTE", *QUICK])
-    assert "not to be had from the hub (ConnectionError); give --glue_dir" in message
+    assert "not available from the Hugging Face Hub (ConnectionError); give --glue_dir" in message
 
 
 def test_what_can_be_used_but_should_be_known_is_said(run, tmp_path, capsys):

@@ -29,10 +29,10 @@ def test_fields_are_read_with_underscores_and_switches_only_from_their_default()
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["x", "--lrr", "3"], "unrecognized options: --lrr, 3; perhaps --lr ("),
+        (["x", "--lrr", "3"], "unrecognized options: --lrr, 3; did you mean --lr? ("),
         (["x", "--lr", "high"], "--lr: could not convert string to float: 'high' ("),
         ([], "missing from script.py: a folder ("),
-        (["x", "--no_quick"], "unrecognized options: --no_quick; perhaps --quick ("),
+        (["x", "--no_quick"], "unrecognized options: --no_quick; did you mean --quick? ("),
     ],
 )
 def test_a_wrong_flag_is_refused_in_one_line_with_what_was_meant(args, says, capsys):
