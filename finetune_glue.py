@@ -431,30 +431,37 @@ def make_jobs(cfg: Config, starts: list[Start], data: dict[str, Data], about: di
                     "preset": cost.get("preset", start.run), "majority": majorities[name], "official": d.official,
                     "n_train": len(d.train.lines), "n_dev": sum(len(dev.lines) for dev in d.devs.values()), **about,
                 }  # fmt: skip
-                job = Job(start, d, seed, recipe, record, mnli if from_mnli else start.folder, after * from_mnli)
+                weights, made_by = (mnli, after) if from_mnli else (start.folder, "")
+                job = Job(start, d, seed, recipe, record, weights, made_by)
                 if name == "MNLI" and seed == seeds[0] and not cfg.no_mnli_start:
                     job.keep, after = mnli, identity(record)
                 if not cfg.submission or seed == seeds[0]:
-                    place = start.out / "predictions" / f"{name}_{Path(start.checkpoint).name}_seed{seed}"
-                    job.outputs = {Path(str(p).replace("*", str(place))): s for p, s in to_predict[name].items()}
+                    stem = f"{name}_{Path(start.checkpoint).name}_seed{seed}"
+                    folder = Path(cfg.submission) if cfg.submission else start.out / "predictions"
+                    job.outputs = {folder / file.replace("*", stem): rows for file, rows in to_predict[name].items()}
                 jobs.append(job)
-    return sorted(jobs, key=lambda j: (j.after != "", j.keep is None, -len(j.data.train.lines) * j.recipe.epochs))
+
+    def turn(job: Job) -> tuple[bool, bool, int]:
+        """What starts from MNLI's model last, what makes that model first, else the longest first."""
+        return job.after != "", job.keep is None, -len(job.data.train.lines) * job.recipe.epochs
+
+    return sorted(jobs, key=turn)
 
 
-def outputs(cfg: Config, data: Data) -> dict[Path, Split]:
-    """Files to write for a task and the rows they are about; "*" stands for the job."""
+def outputs(cfg: Config, data: Data) -> dict[str, Split]:
+    """Files to write for a task and the rows they are about; "*" stands for task, checkpoint and seed."""
     task = data.task
     if not cfg.submission:
-        answers = {Path("*.tsv"): data.devs["dev"]} if cfg.eval else {}
+        answers = {"*.tsv": data.devs["dev"]} if cfg.eval else {}
         if cfg.predict:
             path = Path(cfg.predict)
-            answers[Path(f"*_{path.stem}.tsv")] = glue.read_split(path, task, labelled=False)
+            answers[f"*_{path.stem}.tsv"] = glue.read_split(path, task, labelled=False)
         return answers
     names = {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm"}
     sources = {names.get(s, task.name): glue.locate(cfg.glue_dir, task.name, s) for s in task.splits("test")}
     if task.name == "MNLI" and (not isinstance(ax := glue.locate(cfg.glue_dir, "AX", "test"), Path) or ax.is_file()):
         sources["AX"] = ax  # the diagnostic set is answered by the MNLI model
-    return {Path(cfg.submission, f"{k}.tsv"): glue.read_split(s, task, labelled=False) for k, s in sources.items()}
+    return {f"{name}.tsv": glue.read_split(s, task, labelled=False) for name, s in sources.items()}
 
 
 def write_answers(path: Path, task: Task, logits: np.ndarray) -> None:

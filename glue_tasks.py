@@ -352,47 +352,72 @@ def gain(pairs: list[tuple[list[float], list[float]]]) -> str:
 
 def table(records: list[dict[str, Any]]) -> str:
     """Scores in percent, a row for each start, a column for each task: mean ± standard deviation (number of seeds).
-    Below, what pretraining gained over random weights, where both are there."""
+    Below, what pretraining gained over random weights, where both are there, and published scores."""
     tasks = sorted({r["task"] for r in records}, key=[*TASKS, *(r["task"] for r in records)].index)
-    all_eight = tasks == list(TASKS)
-    mean = "8-task mean, last evaluation" if all_eight else f"mean of {len(tasks)} tasks"
     whole = {r["task"] for r in records if r["official"] or r["task"] not in TASKS}
-    heads = [task + "*" * (task not in whole) for task in tasks]  # the official name is for the official task
-    lines = [["", *heads, *[mean] * (len(tasks) > 1), *["9-number mean, best evaluation"] * all_eight]]
-    lines.append(["majority", *(f"{100 * next(r['majority'] for r in records if r['task'] == t):.1f}" for t in tasks)])
     starts: dict[str, dict[str, list]] = {}
     for r in sorted(records, key=lambda r: (r["run"], r["step"])):
         name = r["run"] if r["run"] == r["checkpoint"] else f"{r['run']} {Path(r['checkpoint']).name}"
         starts.setdefault(name, {task: [] for task in tasks})[r["task"]].append(r)
+
+    head = ["", *(task if task in whole else f"{task}*" for task in tasks)]
+    if tasks == list(TASKS):
+        head += ["8-task mean, last evaluation", "9-number mean, best evaluation"]
+    elif len(tasks) > 1:
+        head += [f"mean of {len(tasks)} tasks"]
+    majorities = {r["task"]: f"{100 * r['majority']:.1f}" for r in reversed(records)}
+    lines = [head, ["majority", *(majorities[task] for task in tasks)], *score_rows(starts, tasks)]
+    if gains := gain_rows(starts, tasks):
+        lines += [["gained over random weights, ± standard error (p of Welch's t-test):"], *gains]
+    if set(tasks) & set(TASKS):
+        lines += [["published dev scores, for orientation:"], *published_rows(tasks)]
+    if len(whole) < len(tasks):
+        lines.append(["* a subset of the rows, not the official task"])
+    widths = [max(len(line[i]) for line in lines if len(line) > max(i, 1)) for i in range(len(head))]
+    rows = [[line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:]))] for line in lines]
+    return "\n".join("  ".join(row).rstrip() for row in rows)
+
+
+def score_rows(starts: dict[str, dict[str, list]], tasks: list[str]) -> list[list[str]]:
+    """A row for each start: its scores, their mean over the tasks, and of all eight the 9-number mean."""
+    rows = []
     for name, by_task in starts.items():
-        scores = [[100 * r["score"] for r in of_task] for of_task in by_task.values()]
-        cells = [f"{np.mean(s):.1f} ± {np.std(s, ddof=1):.1f} ({len(s)})" if s[1:] else f"{s[0]:.1f}" for s in scores]
+        scores = [[100 * r["score"] for r in by_task[task]] for task in tasks]
+        row = [name]
+        row += [f"{np.mean(s):.1f} ± {np.std(s, ddof=1):.1f} ({len(s)})" if s[1:] else f"{s[0]:.1f}" for s in scores]
         if len(tasks) > 1:
-            cells.append(f"{np.mean([np.mean(s) for s in scores]):.2f}")
-        if all_eight:
+            row.append(f"{np.mean([np.mean(s) for s in scores]):.2f}")
+        if tasks == list(TASKS):
             best = [
                 np.mean([max(100 * epoch.get(m, math.nan) for epoch in r["history"]) for r in by_task[task]])
                 for task in tasks
                 for m in NINE.get(task, ("accuracy",))
             ]
-            cells.append("no MNLI-mm" if np.isnan(best).any() else f"{np.mean(best):.2f}")
-        lines.append([name, *cells])
-    gains = []
+            row.append("no MNLI-mm" if np.isnan(best).any() else f"{np.mean(best):.2f}")
+        rows.append(row)
+    return rows
+
+
+def gain_rows(starts: dict[str, dict[str, list]], tasks: list[str]) -> list[list[str]]:
+    """A row for each start whose run has random weights beside it: `gain` for each task and for their mean."""
+    rows = []
     for name, by_task in starts.items():
-        random = starts.get(f"{by_task[tasks[0]][0]['run']} random", by_task)
-        pairs = [tuple([100 * r["score"] for r in x[task]] for x in (by_task, random)) for task in tasks]
-        if random is not by_task:
-            gains.append([name, *(gain([pair]) for pair in pairs), *[gain(pairs)] * (len(tasks) > 1)])
-    if gains:
-        lines += [["gained over random weights, ± standard error (p of Welch's t-test):"], *gains]
-    if set(tasks) & set(TASKS):
-        lines.append(["published dev scores, for orientation:"])
-        for name, row in PUBLISHED.items():
-            known = dict(zip(TASKS, row))
-            lines.append([name, *(f"{known[t]:.1f}" if t in known else "" for t in tasks)])
-            lines[-1] += [f"{np.mean([known[t] for t in tasks]):.2f}"] * (len(tasks) > 1 and set(tasks) <= set(known))
-    if len(whole) < len(tasks):
-        lines.append(["* a subset of the rows, not the official task"])
-    widths = [max(len(line[i]) for line in lines if len(line) > max(i, 1)) for i in range(len(lines[0]))]
-    rows = [[line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:]))] for line in lines]
-    return "\n".join("  ".join(row).rstrip() for row in rows)
+        random = starts.get(f"{by_task[tasks[0]][0]['run']} random")
+        if random is None or random is by_task:
+            continue
+        pairs = [tuple([100 * r["score"] for r in of[task]] for of in (by_task, random)) for task in tasks]
+        row = [name, *(gain([pair]) for pair in pairs)]
+        rows.append([*row, gain(pairs)] if len(tasks) > 1 else row)
+    return rows
+
+
+def published_rows(tasks: list[str]) -> list[list[str]]:
+    """PUBLISHED, for these tasks; their mean where all of them are GLUE's."""
+    rows = []
+    for name, scores in PUBLISHED.items():
+        known = dict(zip(TASKS, scores))
+        row = [name, *(f"{known[task]:.1f}" if task in known else "" for task in tasks)]
+        if len(tasks) > 1 and set(tasks) <= set(known):
+            row.append(f"{np.mean([known[task] for task in tasks]):.2f}")
+        rows.append(row)
+    return rows
