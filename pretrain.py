@@ -213,6 +213,11 @@ class Clock:
         self.seconds, self.since = self.now(), None
 
 
+def dollars(gpu_seconds: float, per_hour: float) -> float:
+    """What a GPU of this price costs for so long."""
+    return gpu_seconds / 3600 * per_hour
+
+
 def make_optimizers(
     cfg: TrainConfig, model: MaskedLM, device: torch.device
 ) -> list[tuple[torch.optim.Optimizer, float]]:
@@ -411,7 +416,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         return {
             "train_seconds": round(train_seconds, 3),
             "gpu_seconds": round(paid_seconds + gpu_seconds, 3),
-            "dollars": round(paid_dollars + gpu_seconds / 3600 * price, 4),
+            "dollars": round(paid_dollars + dollars(gpu_seconds, price), 4),
         }
 
     use_triton = backend == "triton"

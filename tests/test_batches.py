@@ -218,6 +218,12 @@ def masked(corpus_dir, tokenizer, m, rate=0.3, corruption="80/10/10", seed=5):
     return batch, n, *mask_tokens(batch, tokenizer, n, corruption, seed, m, torch.device("cpu"))
 
 
+def test_effective_length_weighs_by_tokens(corpus_dir, tokenizer):
+    batches = make(corpus_dir, tokenizer, "first", seq_len=32)
+    lengths = [min(len(d), 30) + 2 for d in Corpus(corpus_dir)]
+    assert batches.effective_length() == pytest.approx(sum(n * n for n in lengths) / sum(lengths))
+
+
 def test_exactly_the_asked_number_is_hidden_and_never_a_special_token(corpus_dir, tokenizer):
     for rate in (0.15, 0.3, 0.9):
         batch, n, ids, idx, labels = masked(corpus_dir, tokenizer, 2, rate)

@@ -10,6 +10,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -279,6 +280,18 @@ def test_metrics_are_those_computed_by_hand():
     assert glue.metric("spearman", a, b) == pytest.approx(1 - 6 * (0 + 0 + 1 + 1) / (4 * 15))  # ranks 1 2 4 3
 
 
+def test_mnli_matched_and_mismatched_keep_their_names(glue_dir):
+    y = {s: np.array([0, 1, 2, 0]) for s in ("dev_matched", "dev_mismatched")}
+    answers = {"dev_matched": np.array([0, 1, 2, 0]), "dev_mismatched": np.zeros(4, int)}
+    assert glue.judge(glue.TASKS["MNLI"], y, answers) == ({"accuracy_m": 1.0, "accuracy_mm": 0.5}, 0.75)
+    cfg = finetune_glue.Config(glue_dir=str(glue_dir), submission="out")
+    files = finetune_glue.outputs(cfg, SimpleNamespace(task=glue.TASKS["MNLI"]))
+    assert {name: Path(rows.where).stem for name, rows in files.items()} == {
+        "MNLI-m.tsv": "test_matched",
+        "MNLI-mm.tsv": "test_mismatched",
+    }
+
+
 def test_constant_answers_score_zero_without_a_warning():
     y, same = np.array([1, 0, 1, 1]), np.zeros(4, dtype=int)
     with warnings.catch_warnings():
@@ -534,6 +547,36 @@ def test_learning_rate_warms_up_and_ends_at_zero(tokenizer, monkeypatch):
     assert rates[5] == max(rates)
     assert rates[-1] == pytest.approx(1e-5 / 94)
     assert (settings["betas"], settings["eps"], settings["weight_decay"]) == ((0.9, 0.98), 1e-6, 1.0)
+
+
+def test_every_epoch_trains_with_dropout_in_an_order_of_its_seed_and_no_answer_has_it():
+    seen = []
+
+    class Spy(torch.nn.Linear):
+        def forward(self, input_ids, cu_seqlens, **_):
+            seen.append((self.training, input_ids[: cu_seqlens[-1]].tolist()))
+            return self.weight.expand(len(cu_seqlens) - 1, 1)
+
+    data = finetune_glue.Encoded(np.arange(10, dtype=np.int32), np.arange(11), np.ones(10, dtype=int))
+    recipe, bar, orders = glue.Recipe(0.0, 0.0, 2, 10), finetune_glue.tqdm(disable=True), {}
+    for seed in (7, 8):
+        seen.clear()
+        model = Spy(1, 1)
+        for _ in train(model, data, np.zeros(10, np.float32), recipe, seed, torch.float32, bar):
+            predict(model, data, torch.float32)
+        assert [training for training, _ in seen] == [True, False] * 2
+        orders[seed] = seen[0][1]
+    assert orders[7] != orders[8]
+
+
+def test_load_model_heeds_seed_and_dropout(tmp_path):
+    MaskedLM(EncoderConfig(vocab_size=64, n_layers=1, n_heads=2, d_model=16, d_ff=16)).save_pretrained(tmp_path)
+    start = finetune_glue.Start(tmp_path, tmp_path, "r", "r")
+    a, b, again = (finetune_glue.load_model(start, tmp_path, 2, 0.25, seed) for seed in (1, 2, 1))
+    assert torch.equal(a.classifier.weight, again.classifier.weight)
+    assert not torch.equal(a.classifier.weight, b.classifier.weight)
+    kinds = {"embedding", "output", "mlp", "classifier"}
+    assert {getattr(a.cfg, f"{k}_dropout") for k in kinds} == {0.25}
 
 
 def test_examples_are_shuffled_anew_every_epoch_and_each_is_seen_once():
@@ -796,8 +839,9 @@ def test_mnli_is_first_and_then_what_takes_longest(run, glue_dir, monkeypatch):
     ran = []
     monkeypatch.setattr(finetune_glue, "run_job", lambda job, *_, **__: ran.append((job.data.task.name, job.seed)))
     monkeypatch.setattr(glue, "table", lambda records: "")
-    main([str(run), "--glue_dir", str(glue_dir), "--task", "RTE,CoLA,SST-2,MNLI", "--seeds", "1,2", *QUICK])
+    main([str(run), "--glue_dir", str(glue_dir), "--task", "RTE,SST-2,CoLA,MNLI", "--seeds", "1,2", "--device", "cpu"])
     assert ran[0] == ("MNLI", 1)  # RTE waits for it
+    assert [task for task, _ in ran[1:3]] == ["CoLA", "CoLA"]  # as many rows as the others here, but 10 epochs to 3
     assert {task for task, _ in ran[-2:]} == {"RTE"}
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from kernels import masked_cross_entropy
 from model import (
     PRESETS,
+    Dropout,
     Encoder,
     EncoderConfig,
     MaskedLM,
@@ -404,6 +405,63 @@ def test_mlp_switches():
 def test_norm_switch():
     assert n_params(norm="pre") - n_params() == 2 * 32
     assert (output(norm="pre") - output()).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_pre_norm_is_torchs():
+    cfg = EncoderConfig(
+        vocab_size=101,
+        n_layers=2,
+        n_heads=2,
+        d_model=32,
+        d_ff=48,
+        norm="pre",
+        mlp="gelu",
+        position="learned",
+        attention="reference",
+        max_positions=12,
+    )
+    model, g = Encoder(cfg).eval(), torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.add_(0.1 * torch.randn(p.shape, generator=g))
+    names = {
+        "self_attn.in_proj_": "attention.qkv.",
+        "self_attn.out_proj.": "attention_out.",
+        "linear1.": "mlp.inp.",
+        "linear2.": "mlp.out.",
+        "norm1.": "attention_norm.",
+        "norm2.": "mlp_norm.",
+    }
+    ids = torch.randint(5, 101, (12,), generator=g)
+    cu = torch.tensor([0, 12], dtype=torch.int32)
+    x = model.embeddings(ids, cu, None)[None]
+    for layer in model.layers:
+        theirs = torch.nn.TransformerEncoderLayer(32, 2, 48, 0.0, F.gelu, 1e-12, batch_first=True, norm_first=True)
+        own = dict(layer.named_parameters())
+        theirs.load_state_dict({a + end: own[b + end] for a, b in names.items() for end in ("weight", "bias")})
+        x = theirs.eval()(x)
+    expected = F.layer_norm(x[0], (32,), model.final_norm.weight, model.final_norm.bias, 1e-12)
+    torch.testing.assert_close(model.flat(ids, cu, 12), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mlp", ["geglu", "gelu"])
+def test_weights_begin_as_berts(mlp):
+    torch.manual_seed(0)
+    cfg = EncoderConfig(vocab_size=500, n_layers=2, n_heads=2, d_model=64, d_ff=96, mlp=mlp, position="learned")
+    for model in (MaskedLM(cfg), SequenceClassifier(cfg, 9)):
+        for name, p in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                assert (p == float("norm.weight" in name)).all(), name
+            else:
+                assert p.std().item() == pytest.approx(0.02, rel=0.15), name
+
+
+def test_dropout_keeps_the_mean():
+    for p in (0.1, 0.4):
+        torch.manual_seed(0)
+        y = Dropout(p)(torch.ones(200_000))
+        assert (y == 0).float().mean().item() == pytest.approx(p, abs=0.01)
+        assert y.max().item() == pytest.approx(1 / (1 - p), rel=1e-3)
 
 
 def test_bias_switch():

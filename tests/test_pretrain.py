@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -16,8 +17,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import some_documents
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,6 +42,7 @@ SMALL = (
 SMALL += " --pppl_tokens 40"
 FAST = f"{SHAPE} {SMALL}"
 NEVER = 1_000_000  # steps
+CPU = torch.device("cpu")
 
 
 # ----------------------------------------------------------------------------- running it
@@ -403,6 +407,97 @@ def test_a_run_learns_logs_and_leaves_checkpoints_others_can_read(corpus_dir, tm
     assert "is finished" in again
     other = run(corpus_dir, tmp_path, f"{FAST} --max_steps 60 --lr 1e-3", code=1)
     assert other.strip().count("\n") == 0 and "lr 0.01 -> 0.001" in other and "--name" in other
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_optimizers_hold_every_parameter_once_with_the_settings_given(kind):
+    cfg = TrainConfig(optimizer=kind, lr=3e-4, muon_lr=7e-3, betas=(0.8, 0.7), eps=1e-5, weight_decay=0.3)
+    shape = dict(vocab_size=64, n_layers=2, n_heads=2, d_model=16, d_ff=16, position="learned", attention="reference")
+    model = MaskedLM(EncoderConfig(**shape))
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = [g for o, _ in pretrain.make_optimizers(cfg, model, CPU) for g in o.param_groups]
+    assert sorted(names[id(p)] for g in groups for p in g["params"]) == sorted(names.values())
+    adam, *muon = groups
+    assert (adam["lr"], adam["betas"], adam["eps"], adam["weight_decay"]) == (3e-4, (0.8, 0.7), 1e-5, 0.3)
+    assert [(g["lr"], g["weight_decay"], g["momentum"]) for g in muon] == [(7e-3, 0.3, 0.95)] * (kind == "muon")
+    matrices = r"encoder\.layers\.\d\.(attention\.qkv|attention_out|mlp\.inp|mlp\.out)\.weight"
+    expected = {name for name in names.values() if kind == "muon" and re.fullmatch(matrices, name)}
+    assert {names[id(p)] for g in muon for p in g["params"]} == expected
+
+
+def test_each_optimizer_steps_at_its_own_rate(corpus_dir, tmp_path, monkeypatch, here):
+    original, made = pretrain.make_optimizers, []
+    monkeypatch.setattr(pretrain, "make_optimizers", lambda *a: made.extend(original(*a)) or made)
+    args = f"{FAST} --max_steps 2 --warmup 0 --schedule wsd --cooldown 0 --pppl_tokens 0"
+    here(command(corpus_dir, tmp_path, f"{args} --optimizer muon --lr 3e-4 --muon_lr 7e-3"))
+    assert [g["lr"] for o, _ in made for g in o.param_groups] == [3e-4, 7e-3]
+
+
+@pytest.mark.parametrize(("clip", "documents"), [(0.0, "first"), (0.0, "all"), (0.1, "all")])
+def test_a_step_follows_the_gradient_of_the_mean_over_the_whole_batch(
+    corpus_dir, tmp_path, monkeypatch, here, clip, documents
+):
+    """SGD in AdamW's place, which would not feel a wrong scale. Weights, order and masks are those of --seed."""
+    sgd = lambda cfg, model, _: [(torch.optim.SGD(model.parameters()), cfg.lr)]
+    monkeypatch.setattr(pretrain, "make_optimizers", sgd)
+    args = f"{FAST} --micro_tokens 128 --max_steps 1 --warmup 0 --lr 0.5 --seed 3 --pppl_tokens 0"
+    here(command(corpus_dir, tmp_path, f"{args} --documents {documents} --grad_clip {clip}"))
+    folder, tokenizer = tmp_path / "mosaic-tiny", Tokenizer.load(corpus_dir)
+    torch.manual_seed(3)
+    model = MaskedLM(EncoderConfig(**json.loads((folder / "config.json").read_text())["model"]))
+    batches, losses = Batches([Corpus(corpus_dir)], tokenizer, 32, 128, documents, 3), []
+    for m in range(4):
+        batch = batches(m)
+        ids, masked, labels = mask_tokens(batch, tokenizer, count_masked(batches, m, 0.3), "80/10/10", 3, m, CPU)
+        logits = model(ids, cu_seqlens=batch.cu_seqlens, max_seqlen=32, masked_idx=masked)
+        losses.append(F.cross_entropy(logits, labels, reduction="none"))
+    if documents == "all":
+        assert len({len(x) for x in losses}) > 1, "other numbers of masks in each"
+    torch.cat(losses).mean().backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert norm > 0.1
+    scale = 0.5 * (clip / norm if clip else 1)
+    after = weights(folder, 1)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(after[name], p.detach() - scale * p.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_dropout_is_another_one_in_every_micro_batch_and_for_every_seed(corpus_dir, tmp_path, monkeypatch, here):
+    original, seeds = MaskedLM.forward, {1: [], 2: []}
+    for seed, seen in seeds.items():
+
+        def spy(self, *args, seen=seen, **kwargs):
+            seen += [torch.initial_seed()] * self.training
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(MaskedLM, "forward", spy)
+        args = f"{FAST} --micro_tokens 128 --max_steps 2 --pppl_tokens 0 --seed {seed} --name s{seed}"
+        here(command(corpus_dir, tmp_path, args))
+    assert len(seeds[1]) == 8 and len({*seeds[1], *seeds[2]}) == 16
+
+
+def test_autocast_is_on_for_bfloat16(corpus_dir, tmp_path, monkeypatch, here):
+    original, seen = MaskedLM.forward, set()
+
+    def spy(self, *a, **k):
+        seen.add(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        return original(self, *a, **k)
+
+    monkeypatch.setattr(MaskedLM, "forward", spy)
+    here(command(corpus_dir, tmp_path, f"{FAST} --max_steps 1 --pppl_tokens 0 --dtype bfloat16"))
+    assert seen == {torch.bfloat16}
+
+
+def test_time_of_evaluation_is_not_training_time(corpus_dir, tmp_path, monkeypatch, here):
+    original = pretrain.one_mask_each
+    monkeypatch.setattr(pretrain, "one_mask_each", lambda *a: time.sleep(1) or original(*a))
+    here(command(corpus_dir, tmp_path, f"{FAST} --max_steps 8 --eval_every 2 --checkpoint_every 8"))
+    train = records(tmp_path / "mosaic-tiny", "train")
+    assert train[8]["train_seconds"] - train[2]["train_seconds"] < 1  # three evaluations lie between
+
+
+def test_an_hour_of_two_gpus_costs_twice_its_price():
+    assert pretrain.dollars(7_200.0, 2.2) == pytest.approx(4.4)
 
 
 def test_muon_wsd_falling_masks_and_clipping_learn_too(corpus_dir, tmp_path):
@@ -977,7 +1072,7 @@ def padded_eval_loss(call, corpus_dir: Path) -> float:
     batches = Batches([Corpus(corpus_dir, "val")], tokenizer, 32, 512, "all", 0)
     n = count_masked(batches, 0, 0.15)
     batch = batches(0)
-    ids, masked_idx, labels = mask_tokens(batch, tokenizer, n, "80/10/10", 0, 0, torch.device("cpu"))
+    ids, masked_idx, labels = mask_tokens(batch, tokenizer, n, "80/10/10", 0, 0, CPU)
     for a, b in zip(batch.cu_seqlens.tolist(), batch.cu_seqlens[1:].tolist()):
         mine = (masked_idx >= a) & (masked_idx < b)
         logits = call(**padded([ids[a:b]], tokenizer.pad_id))[0, masked_idx[mine] - a]
@@ -988,6 +1083,35 @@ def padded_eval_loss(call, corpus_dir: Path) -> float:
 
 
 @torch.no_grad()
+def small_evaluation() -> None:
+    pretrain.EVAL_MICRO_TOKENS = 128
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("procs", [1, 2])
+def test_evaluation_adds_up_over_micro_batches_and_processes(corpus_dir, tmp_path, procs):
+    args = f"{FAST} --micro_tokens 256 --max_steps 20 --eval_every 20 --optimizer adamw --lr 3e-2 --warmup 0"
+    args += " --eval_tokens 4096"
+    run(corpus_dir, tmp_path, args, procs=procs, fault=small_evaluation)
+    found = records(tmp_path / "mosaic-tiny", "eval")[20]
+    model, tokenizer = MaskedLM.from_pretrained(tmp_path / "mosaic-tiny").eval(), Tokenizer.load(corpus_dir)
+    batches, loss, right = Batches([Corpus(corpus_dir, "val")], tokenizer, 32, 128, "all", 0), [], []
+    for m in range(4096 // 128):
+        batch = batches(m)
+        ids, masked, labels = mask_tokens(batch, tokenizer, count_masked(batches, m, 0.15), "80/10/10", 0, m, CPU)
+        logits = model(ids, cu_seqlens=batch.cu_seqlens, max_seqlen=32, masked_idx=masked)
+        loss += F.cross_entropy(logits, labels, reduction="none").tolist()
+        right += (logits.argmax(-1) == labels).tolist()
+    assert found["loss"] == pytest.approx(np.mean(loss), abs=2e-5)
+    assert 0 < found["accuracy"] == pytest.approx(np.mean(right), abs=1.1e-5)
+    batch, alone = batches(0), []
+    for i in (~batch.special).nonzero().flatten()[:40]:
+        hidden = batch.input_ids.index_fill(0, i, tokenizer.mask_id)
+        logits = model(hidden, cu_seqlens=batch.cu_seqlens, max_seqlen=32, masked_idx=i[None])
+        alone.append(F.cross_entropy(logits, batch.input_ids[i][None]).item())
+    assert found["pseudo_perplexity"] == pytest.approx(np.exp(np.mean(alone)), rel=1e-4)
+
+
 def test_evaluation_is_the_same_whatever_the_training_settings(stem, corpus_dir, tmp_path):
     """Before a first step has changed the weights. The masks are of 15 %, whatever is trained with; and weights given
     with --start_from arrive unchanged: their evaluation is that of the run they come from."""

@@ -231,6 +231,12 @@ def test_equal_flops_and_equal_time_scale_the_tokens_by_what_was_measured(stand_
     assert fast["arm"] == "bert-tiny" and fast["ratio"] == 2.0 and fast["tok_per_s"] == [2000.0] * 5
 
 
+def test_every_seed_of_a_sweep_reaches_pretraining(stand_ins):
+    run(stand_ins, "mosaic-tiny", "--seeds", 1, 2, "--budgets", 10_000)
+    loss = {r["seed"]: r["value"] for r in rows(stand_ins) if r["metric"] == "loss"}
+    assert loss[2] - loss[1] == pytest.approx(0.01)  # what the stand-in adds for a seed
+
+
 def test_a_falling_masking_rate_is_timed_at_its_mean(stand_ins):
     vary = ["--vary", "falling:masking=linear:0.3:0.1"]
     run(stand_ins, "mosaic-tiny", "--seeds", 1, "--budgets", 2e4, *vary, "--dry_run")
