@@ -199,14 +199,17 @@ def test_every_document_is_there_once_and_reads_back(texts, jsonl, tmp_path):
     written = {t.strip().lower() for t in texts}
     assert set(kept) < written and len(written) - len(set(kept)) > 0  # the rest is held out for the task
     assert sorted(kept) == sorted(t.strip().lower() for t in texts if t.strip().lower() in set(kept))
-    assert train.lengths.dtype == np.int64 and train.lengths.tolist() == [len(train[i]) for i in range(len(train))]
+    assert train.lengths.dtype == np.int32 and train.lengths.tolist() == [len(train[i]) for i in range(len(train))]
     assert train.n_tokens == train.lengths.sum() and train[0].dtype == np.uint16
     assert not train[0].flags.writeable
     with pytest.raises(IndexError):
         train[len(train)]
 
 
-def test_validation_and_train_never_overlap_on_real_text(texts, tmp_path):
+def test_validation_train_and_task_never_overlap_and_the_tokenizer_sees_train_only(texts, tmp_path, monkeypatch):
+    seen_by_tokenizer, original = [], Tokenizer.train
+    spy = lambda documents, *settings: original(seen_by_tokenizer.extend(documents) or seen_by_tokenizer, *settings)
+    monkeypatch.setattr(Tokenizer, "train", spy)
     copies = texts + texts[:200] + [t.upper() for t in texts[200:300]]
     source = write_jsonl(tmp_path / "c.jsonl", copies)
     prepare(settings(source, tmp_path / "o", val_fraction=0.3, task_examples=50))
@@ -214,6 +217,7 @@ def test_validation_and_train_never_overlap_on_real_text(texts, tmp_path):
     seen = {tokenizer.decode(train[i]) for i in range(len(train))}
     held_out = {tokenizer.decode(val[i]) for i in range(len(val))}
     assert len(held_out) > 0.2 * len(seen) and not seen & held_out
+    assert len(seen_by_tokenizer) > 20 and {text.lower() for text in seen_by_tokenizer} <= seen
     rest = [" ".join(t.lower().split()) for t in texts if t.strip().lower() not in seen | held_out]
     lines = [line for name in ("train", "dev") for line in (tmp_path / f"o/task/{name}.tsv").read_text().splitlines()]
     kept = [line.removesuffix("\t1").lower() for line in lines if line.endswith("\t1")]

@@ -387,7 +387,11 @@ def test_a_run_learns_logs_and_leaves_checkpoints_others_can_read(corpus_dir, tm
     assert train[60]["tokens"] == 60 * 512 and train[60]["masking"] == 0.3
     assert train[60]["mfu"] is None and train[60]["dollars"] == 0
     assert train[60]["gpu_seconds"] == train[60]["train_seconds"] > train[10]["train_seconds"] > 0
-    assert 0 < train[60]["padding_avoided"] < 1
+    made = settings(folder)
+    stream = Batches([Corpus(corpus_dir)], Tokenizer.load(corpus_dir), 32, made["micro_tokens"], "all", made["seed"])
+    a_step = 512 // made["micro_tokens"]
+    windows = sum(stream(m).n_documents for m in range(50 * a_step, 60 * a_step))  # since the line before
+    assert train[60]["padding_avoided"] == pytest.approx(1 - 10 * 512 / (windows * 32), abs=1e-4)
     whole_run = train[60]["tokens"] / train[60]["train_seconds"]  # evaluation and saving in between do not count
     assert min(r["tok_per_s"] for r in train.values()) <= whole_run <= max(r["tok_per_s"] for r in train.values())
     header = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
@@ -446,11 +450,16 @@ def test_a_step_follows_the_gradient_of_the_mean_over_the_whole_batch(
     torch.manual_seed(3)
     model = MaskedLM(EncoderConfig(**json.loads((folder / "config.json").read_text())["model"]))
     batches, losses = Batches([Corpus(corpus_dir)], tokenizer, 32, 128, documents, 3), []
+    right = []
     for m in range(4):
         batch = batches(m)
         ids, masked, labels = mask_tokens(batch, tokenizer, count_masked(batches, m, 0.3), "80/10/10", 3, m, CPU)
         logits = model(ids, cu_seqlens=batch.cu_seqlens, max_seqlen=32, masked_idx=masked)
         losses.append(F.cross_entropy(logits, labels, reduction="none"))
+        right += (logits.argmax(-1) == labels).tolist()
+    logged = records(folder, "train")[1]
+    assert logged["loss"] == pytest.approx(torch.cat(losses).mean().item(), abs=2e-5)
+    assert logged["accuracy"] == pytest.approx(np.mean(right), abs=1e-5)
     if documents == "all":
         assert len({len(x) for x in losses}) > 1, "other numbers of masks in each"
     torch.cat(losses).mean().backward()
