@@ -569,15 +569,20 @@ def ablation(sweeps: Runs, out: Out = "plots/ablation.png", budget: float = 0.0)
             pairs = [(values[sweep, preset, variant, m], values[sweep, preset, "", m]) for m in metrics]
             seeds = set.intersection(*[x.keys() & y.keys() for x, y in pairs])
             gains = [float(np.mean([x[seed] - y[seed] for x, y in pairs])) for seed in seeds]
-            if gains:
+            at = j + 0.6 * (i - (len(presets) - 1) / 2) / len(presets)
+            if not gains:
+                look = {"ha": "right", "va": "center", "fontsize": 7, "color": "0.5"}
+                why = "no seed in common" if any(x for x, _ in pairs) else "not run"
+                ax.text(0.99, at, why, transform=ax.get_yaxis_transform(), **look)
+            else:
                 spread = len(gains) > 1 and max(gains) - min(gains) > 1e-9  # none: no more certain than one seed
                 half = t.ppf(0.975, len(gains) - 1) * standard_error(gains) if spread else math.nan
                 look = {**style[preset], "mfc": style[preset]["color"] if abs(np.mean(gains)) > half else "white"}
-                at = j + 0.6 * (i - (len(presets) - 1) / 2) / len(presets)
                 look |= {"linestyle": "", "elinewidth": 1.2, "capsize": 3, "ms": 6}
                 ax.errorbar(np.mean(gains), at, xerr=half, **look)
                 counts.add(len(gains))
         ax.axvline(0, color="0.3", lw=1, zorder=1)
+        ax.xaxis.set_major_locator(plt.MaxNLocator(5))
         kind = dict(flops="FLOPs").get(equals[sweep], equals[sweep])
         alone = list(equals.values()).count(equals[sweep]) == 1
         ax.set_xlabel(f"{label}\nat equal {kind}" + ("" if alone else f", {sweep.name}"))

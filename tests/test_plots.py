@@ -514,6 +514,16 @@ def test_sweeps_at_equal_tokens_and_at_equal_time_are_drawn_apart(tmp_path, monk
     assert "20,000 tokens of the first preset, and its time for the others" in texts_of(fig)
 
 
+def test_a_variant_that_one_sweep_has_not_run_is_said_to_be_so(tmp_path, monkeypatch):
+    one, other = make_sweep(tmp_path / "tokens"), make_sweep(tmp_path / "time", variants=("", "wide"))
+    records = Path(other, "records.jsonl")
+    records.write_text(records.read_text().replace('"equal": "tokens"', '"equal": "time"'))
+    fig = drawn(monkeypatch, plots.ablation, (one, other), out=str(tmp_path / "p.png"))
+    said = [[t.get_text() for t in ax.texts if t.get_text() == "not run"] for ax in fig.axes]
+    assert [len(texts) for texts in said] == [0, 0, 2, 2]  # adamw of two presets
+    assert overlaps(fig) == ([], [])
+
+
 def test_two_sweeps_of_one_kind_are_never_paired_and_each_has_its_largest_budget(tmp_path, monkeypatch, capsys):
     small, large = make_sweep(tmp_path / "small"), make_sweep(tmp_path / "large", variants=("", "wide", "adamw"))
     records = Path(large, "records.jsonl")
