@@ -1,4 +1,4 @@
-# make demo    the whole pipeline on two CPU cores, about 9 minutes:  make demo [SOURCE=...] [TASK=RTE GLUE_DIR=...]
+# make demo    the whole pipeline on two CPU cores, 9 to 12 minutes:  make demo [SOURCE=...] [TASK=RTE GLUE_DIR=...]
 # make test    the test suite;  make test-slow  the longer proofs;  make lint  ruff
 # make plots   every plot of runs/ and results/;  make bench  kernels, training step and data preparation against peers
 
