@@ -127,7 +127,8 @@ def make_presets() -> dict[str, tuple[str, TrainConfig]]:
 def known_settings(settings: dict) -> dict:
     """Settings of a config.json with the default for each that did not exist yet: a new switch that is off by default
     leaves earlier runs what they were."""
-    return asdict(TrainConfig()) | settings | {"model": asdict(EncoderConfig()) | settings["model"]}
+    defaults = json.loads(json.dumps(asdict(TrainConfig())))  # lists for tuples, as in the file
+    return defaults | settings | {"model": defaults["model"] | settings["model"]}
 
 
 def run_config(run: Path) -> tuple[str, TrainConfig]:

@@ -1274,6 +1274,7 @@ def test_a_setting_that_did_not_exist_yet_has_its_default_in_older_runs(stem, co
     config = tmp_path / "nano-tiny/config.json"
     facts = json.loads(config.read_text())
     assert facts["train"].pop("grad_clip") == 0.0 and facts["train"]["model"].pop("norm") == "post"
+    assert facts["train"].pop("betas") == [0.9, 0.98]
     config.write_text(json.dumps(facts))
     assert "is finished" in here(command(corpus_dir, tmp_path, STEM, preset="nano-tiny"))
     assert "annealing" in here(branch(tmp_path / "nano-tiny", 40, "--name", "of-it"))
