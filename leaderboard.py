@@ -9,8 +9,6 @@ from collections import defaultdict
 from itertools import combinations, product
 from statistics import mean, stdev
 
-from scipy.stats import ttest_rel
-
 from records import BUDGETS
 
 
@@ -33,6 +31,8 @@ def verdict(x: list[float], y: list[float], lower: bool) -> tuple[str, str]:
     differences = [a - b for a, b in zip(x, y)]
     if max(differences) - min(differences) < 1e-9:  # scores of few examples: a spread of rounding errors is none
         return "–", "the same difference for every seed: no test"
+    from scipy.stats import ttest_rel  # takes a second
+
     p = ttest_rel(x, y).pvalue
     better = "better" if (mean(x) < mean(y)) == lower else "worse"
     return f"{p:.2g}", better if p < 0.05 else "not distinguishable"

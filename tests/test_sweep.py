@@ -62,6 +62,10 @@ def known_settings(settings):
 def mean_masking_rate(spec):
     return sum(map(float, (spec.split(":") * 2)[1:3])) / 2 if spec.startswith("linear") else float(spec[9:])
 """
+MACHINE = """
+def device_name(device): return "a CPU"
+def pick_device(kind): return None
+"""  # without torch, which takes three seconds to import
 PRETRAIN = """
 import json, os, sys, time, tyro
 from dataclasses import asdict
@@ -155,7 +159,8 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def stand_ins(tmp_path):
-    for name, text in [("recipes", RECIPES), ("pretrain", PRETRAIN), ("finetune_glue", FINETUNE)]:
+    stand_ins = {"recipes": RECIPES, "machine": MACHINE, "pretrain": PRETRAIN, "finetune_glue": FINETUNE}
+    for name, text in stand_ins.items():
         (tmp_path / f"{name}.py").write_text(text)
     for name in ("sweep.py", "leaderboard.py"):
         (tmp_path / name).write_text((REPO / name).read_text())
