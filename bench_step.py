@@ -30,7 +30,7 @@ from batches import Batch, Batches, count_masked, mask_tokens
 from bench_kernels import C4_QUANTILES
 from corpus import SPECIALS, Corpus, Tokenizer
 from kernels import attention_backend
-from machine import device_name, failure, peak_tflops, pick_device, pick_dtype, write_report
+from machine import device_name, failure, hardware_name, peak_tflops, pick_device, pick_dtype, write_report
 from model import MaskedLM, flops_per_token
 from pretrain import build, make_optimizers, model_inputs
 from recipes import make_presets, masking_rate
@@ -117,7 +117,7 @@ class Contender:
 
     name: str
     model: nn.Module
-    optimizers: list[torch.optim.Optimizer]
+    optimizers: list[tuple[torch.optim.Optimizer, float]]  # each with its learning rate
     build: Callable[[int], Any]
     inputs: Callable[[int, Any], tuple[dict, int]]
     loss: Callable[..., Tensor]
@@ -156,7 +156,7 @@ def ours(cfg: Config, family: str, size: str, seq_len: int, compiled: bool, sour
         return model_inputs(ids, batch.cu_seqlens, tiles, masked_idx, labels, seq_len, device), len(ids)
 
     return Contender(
-        f"{family}-{size}", model, [o for o, _ in make_optimizers(recipe, model, device)],
+        f"{family}-{size}", model, make_optimizers(recipe, model, device),
         lambda m: build(batches, m, triton, device), inputs,
         lambda **x: forward(**x)[0] / len(x["labels"]), flops_per_token(shape, batches.effective_length(), rate),
     )  # fmt: skip
@@ -206,7 +206,7 @@ def theirs(cfg: Config, family: str, size: str, seq_len: int, compiled: bool, so
         return {k: x.to(device, non_blocking=True) for k, x in out.items()}, n_real
 
     return Contender(
-        name, model, [o for o, _ in make_optimizers(recipe, model, device)], build, inputs,
+        name, model, make_optimizers(recipe, model, device), build, inputs,
         lambda **x: forward(**x).loss, flops_per_token(shape, batches.effective_length(), rate),
         padding=1 - build(0)[1] / (n * seq_len),
     )  # fmt: skip
@@ -259,7 +259,7 @@ def take_turn(c: Contender, steps: int, device: torch.device, dtype: torch.dtype
         mark()
         loss.backward()
         mark()
-        for optimizer in c.optimizers:
+        for optimizer, _ in c.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         mark()
@@ -376,7 +376,7 @@ def run(cfg: Config) -> dict:
     if device.type == "cuda" and not cfg.micro_tokens:
         cfg = replace(cfg, micro_tokens=32_768)
     sizes = cfg.sizes or (("base", "large") if device.type == "cuda" else ("small",))
-    print(f"{device_name(device)}, {torch.get_num_threads()} threads, {dtype}, dropout {cfg.dropout}")
+    print(f"{hardware_name(device)}, {torch.get_num_threads()} threads, {dtype}, dropout {cfg.dropout}")
     results = []
     for size in sizes:
         for seq_len in cfg.seq_lens:

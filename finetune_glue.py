@@ -598,7 +598,7 @@ def finetune(cfg: Config) -> None:
     if cfg.submission and len(starts) > 1:
         raise ValueError("--submission takes one start: its files have one name each")
     data = {task.name: glue.load_data(task, sources) for task, sources in tasks.items()}
-    hardware = device_name(device) if device.type == "cuda" else device.type
+    hardware = device_name(device)
     command = shlex.join(["finetune_glue.py", *sys.argv[1:]])
     jobs = make_jobs(cfg, starts, data, {"device": hardware, "revision": git_revision(), "command": command})
     if rank == 0:

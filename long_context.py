@@ -194,9 +194,9 @@ def describe(run: str, cfg: Config, texts: list[np.ndarray], available: int, tok
         "documents": len(texts),
         "available": available,
         "masked": len(texts) * round(0.15 * len(texts[0])),
-        "windows": cfg.lengths,
+        "windows": list(cfg.lengths),
         "dtype": str(pick_dtype(cfg.dtype, device)).removeprefix("torch."),
-        "device": device_name(device) if device.type == "cuda" else device.type,
+        "device": device_name(device),
         "revision": git_revision(),
         "command": shlex.join(["long_context.py", *sys.argv[1:]]),
     }
@@ -220,7 +220,7 @@ def measure_runs(cfg: Config) -> None:
     for path, record in zip(paths, records):
         old = read_json(path, "give another --out") if path.is_file() else {}
         same = ("data", "split", "join", "step", "documents", "masked", "windows", "dtype")
-        if differ := [k for k in same if old and old.get(k) != json.loads(json.dumps(record[k]))]:
+        if differ := [k for k in same if old and old.get(k) != record[k]]:
             what = ", ".join(f"{k} {old.get(k)} -> {record[k]}" for k in differ)
             raise ValueError(f"{path} holds another measurement ({what}); give another --out")
     device = pick_device(cfg.device)

@@ -69,9 +69,14 @@ def git_revision() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, else the processor's."""
+    """The GPU's name, else the device's type: what a run says it ran on."""
+    return torch.cuda.get_device_name(device).removeprefix("NVIDIA ") if device.type == "cuda" else device.type
+
+
+def hardware_name(device: torch.device) -> str:
+    """The GPU's name, else the processor's: what timings are of."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device).removeprefix("NVIDIA ")
+        return device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
     return names[0] if names else platform.processor() or platform.machine()
@@ -88,7 +93,7 @@ def write_report(mode: str, body: dict, device: torch.device, out: str = "") -> 
     whenever a part is done: print(f"wrote {write_report('step', body, device, cfg.out)}"). SystemExit, one line, if it
     cannot be written."""
     header = {
-        "device": device_name(device),
+        "device": hardware_name(device),
         "torch": torch.__version__,
         "triton": TRITON_VERSION,
         "revision": git_revision(),

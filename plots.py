@@ -22,6 +22,7 @@ import math
 import os
 import textwrap
 from collections import Counter, defaultdict, namedtuple
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -75,6 +76,12 @@ FREE |= {"log_every", "cooldown_from", "began_from", "skip_nan", "grad_reduce", 
 def standard_error(values: list[float]) -> float:
     """Standard error of the mean, s / sqrt(n) with s over n - 1; nan for fewer than two values."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def extent(counts: Iterable[int]) -> str:
+    """ "3", or "1 to 3" where they differ."""
+    found = sorted(set(counts))
+    return " to ".join(map(str, dict.fromkeys((found[0], found[-1]))))
 
 
 def frontier(x: list[float], y: list[float], lower: bool = False, same: float = 0.01) -> np.ndarray:
@@ -305,8 +312,7 @@ def pareto(runs: Runs, out: Out = "plots/pareto.png", x: Cost = "seconds", task:
         raise SystemExit(f"error: no trained checkpoint has a {COSTS[x][1]} above 0; try another --x")
     if costless := sorted({r["series"] for r in records} - {p.series for p in trained}):
         note(f"no {COSTS[x][1]} known, left out: {listed(costless)}")
-    n_seeds, n_runs = max(p.n_seeds for p in trained), max(p.n_runs for p in trained)
-    if n_runs > 1:
+    if any(p.n_runs > 1 for p in trained):
         note("runs that differ in nothing but their seed are averaged at equal budgets; --by run keeps them apart")
     published = (published or any(Path(p).name == PUBLISHED.name for p in runs)) and metric == "glue"
     others = published_points(tasks, x) if published else []
@@ -354,10 +360,9 @@ def pareto(runs: Runs, out: Out = "plots/pareto.png", x: Cost = "seconds", task:
         "pseudo_perplexity": ("Held-out pseudo-perplexity", ""),
     }[metric]
     ax.set_ylabel(what + unit_of_it)
-    seeds, of = (sorted({getattr(p, n) for p in trained}) for n in ("n_seeds", "n_runs"))
-    few = f"{seeds[0]} to " * (seeds[0] < n_seeds)
-    facts = [f"{few}{n_seeds} fine-tuning seed{'s' * (n_seeds > 1)}"] if metric == "glue" else []
-    facts += [f"{f'{of[0]} to ' * (of[0] < n_runs)}{n_runs} runs per point"] * (n_runs > 1)
+    seeds, replicates = extent(p.n_seeds for p in trained), extent(p.n_runs for p in trained)
+    facts = [f"{seeds} fine-tuning seed{'s' * (seeds != '1')}"] if metric == "glue" else []
+    facts += [f"{replicates} runs per point"] * (replicates != "1")
     facts += ["bars: ± 1 standard error"] * any(p.err > 0 for p in trained)
     on_device = defaultdict(set)
     for r in records:
@@ -589,7 +594,7 @@ def ablation(sweeps: Runs, out: Out = "plots/ablation.png", budget: float = 0.0)
         ax.grid(axis="y", visible=False)
     axes[0, 0].set_yticks(range(len(variants)), variants)
     axes[0, 0].set_ylim(len(variants) - 0.5, -0.5)
-    n = f"n = {' to '.join(map(str, sorted({min(counts), max(counts)})))}" if counts else "no seed in common"
+    n = f"n = {extent(counts)}" if counts else "no seed in common"
     said = listed(list(dict.fromkeys(f"{lengths[sweep]:,.9g} {BUDGETS[equal]}" for sweep, equal in equals.items())))
     what = f"{said} · on {listed(sorted({r['device'] for r in rows}))}"
     lines = [f"variant − preset as it is, paired by seed, {n} · {what}"]
@@ -610,7 +615,8 @@ def glue(runs: Runs, out: Out = "plots/glue.png", baseline: str = "") -> None:
     rows = {}
     for r in loaded:  # weights from elsewhere have step 0, as have the random ones they are compared with
         trained = [g for g in r.glue if g.get("checkpoint") != "random"] or r.glue
-        rows[names[r.path]] = [g for g in trained if g["step"] == max(t["step"] for t in trained)]
+        last = max(g["step"] for g in trained)
+        rows[names[r.path]] = [g for g in trained if g["step"] == last]
     if not rows:
         raise SystemExit("error: no fine-tuning result (glue/*.jsonl) in these run folders yet; nothing drawn")
     baseline = baseline or next(iter(rows))

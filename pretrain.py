@@ -334,7 +334,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         family = progress["family"]
     elif cfg.start_from:
         family = "bert" if cfg.model.position == "learned" else "mosaic"
-    hardware = device_name(device) if gpus else device.type
+    hardware = device_name(device)
     if cfg.model.attention == "auto":
         backend, reason = attention_backend(device.type)
     else:

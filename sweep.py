@@ -40,7 +40,7 @@ import finetune_glue
 from corpus import to_json, write_atomically
 from flags import one_line_refusals, read_command_line
 from leaderboard import leaderboard, short
-from machine import device_name, pick_device
+from machine import hardware_name, pick_device
 from recipes import FREE_TO_CHANGE, TrainConfig, check_config, known_settings, make_presets, mean_masking_rate
 from records import read_jsonl
 
@@ -337,7 +337,7 @@ def measure_speeds(cfg: Config, arms: list[Arm], state: Path, started: float) ->
     few = ["--log_every", str(max(1, steps // 6)), "--checkpoint_every", "0.99", "--eval_every", "0.99"]
     few += ["--max_steps", str(steps), "--pppl_tokens", "0"]
     with claim(state / "speed.lock", wait=True) as lock:
-        known, here = read_json(path), [device_name(pick_device("auto")), steps, *data_flags(cfg)]
+        known, here = read_json(path), [hardware_name(pick_device("auto")), steps, *data_flags(cfg)]
         words = {arm.name: [*here, json.dumps(recipe_of(asdict(arm.cfg)))] for arm in arms}
         same = {k: v for k, v in known.items() if v["words"] == words.get(k) and v.get("against") == arms[0].name}
         valid = {k for k, v in same.items() if v.get("ratio") or v.get("failed_at", 0) >= started}

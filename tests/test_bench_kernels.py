@@ -120,7 +120,7 @@ def test_rates_divide_by_the_slower_of_the_two_limits(capsys):
 def test_the_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = machine.write_report("kernels", {"settings": {"a": 1}}, CPU, str(tmp_path / "new" / "r.json"))
     report = json.loads(path.read_text())
-    assert report["device"] == machine.device_name(CPU), "of the device that was measured, not of one that is there"
+    assert report["device"] == machine.hardware_name(CPU), "of the device that was measured, not of one that is there"
     assert set(report) == {"device", "torch", "triton", "revision", "command", "time", "settings"}
     with pytest.raises(TypeError):
         machine.write_report("kernels", {"a": object()}, CPU, str(path))

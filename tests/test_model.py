@@ -409,21 +409,8 @@ def test_norm_switch():
 
 @torch.no_grad()
 def test_pre_norm_is_torchs():
-    cfg = EncoderConfig(
-        vocab_size=101,
-        n_layers=2,
-        n_heads=2,
-        d_model=32,
-        d_ff=48,
-        norm="pre",
-        mlp="gelu",
-        position="learned",
-        attention="reference",
-        max_positions=12,
-    )
-    model, g = Encoder(cfg).eval(), torch.Generator().manual_seed(0)
-    for p in model.parameters():
-        p.add_(0.1 * torch.randn(p.shape, generator=g))
+    cfg = small(norm="pre", mlp="gelu", position="learned", attention="reference", max_positions=12)
+    model = randomize(Encoder(cfg)).eval()
     names = {
         "self_attn.in_proj_": "attention.qkv.",
         "self_attn.out_proj.": "attention_out.",
@@ -432,8 +419,7 @@ def test_pre_norm_is_torchs():
         "norm1.": "attention_norm.",
         "norm2.": "mlp_norm.",
     }
-    ids = torch.randint(5, 101, (12,), generator=g)
-    cu = torch.tensor([0, 12], dtype=torch.int32)
+    ids, cu = torch.randint(5, 101, (12,)), torch.tensor([0, 12], dtype=torch.int32)
     x = model.embeddings(ids, cu, None)[None]
     for layer in model.layers:
         theirs = torch.nn.TransformerEncoderLayer(32, 2, 48, 0.0, F.gelu, 1e-12, batch_first=True, norm_first=True)

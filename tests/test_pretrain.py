@@ -429,6 +429,14 @@ def test_optimizers_hold_every_parameter_once_with_the_settings_given(kind):
     assert {names[id(p)] for g in muon for p in g["params"]} == expected
 
 
+def predictions(model: MaskedLM, batches: Batches, n: int, rate: float, seed: int):
+    """(logits, labels) of the masked tokens of each of the first n micro-batches, as pretrain.py masks them."""
+    for m in range(n):
+        batch, n_masked = batches(m), count_masked(batches, m, rate)
+        ids, masked, labels = mask_tokens(batch, batches.tokenizer, n_masked, "80/10/10", seed, m, CPU)
+        yield model(ids, cu_seqlens=batch.cu_seqlens, max_seqlen=batches.seq_len, masked_idx=masked), labels
+
+
 def test_each_optimizer_steps_at_its_own_rate(corpus_dir, tmp_path, monkeypatch, here):
     original, made = pretrain.make_optimizers, []
     monkeypatch.setattr(pretrain, "make_optimizers", lambda *a: made.extend(original(*a)) or made)
@@ -449,12 +457,8 @@ def test_a_step_follows_the_gradient_of_the_mean_over_the_whole_batch(
     folder, tokenizer = tmp_path / "mosaic-tiny", Tokenizer.load(corpus_dir)
     torch.manual_seed(3)
     model = MaskedLM(EncoderConfig(**json.loads((folder / "config.json").read_text())["model"]))
-    batches, losses = Batches([Corpus(corpus_dir)], tokenizer, 32, 128, documents, 3), []
-    for m in range(4):
-        batch = batches(m)
-        ids, masked, labels = mask_tokens(batch, tokenizer, count_masked(batches, m, 0.3), "80/10/10", 3, m, CPU)
-        logits = model(ids, cu_seqlens=batch.cu_seqlens, max_seqlen=32, masked_idx=masked)
-        losses.append(F.cross_entropy(logits, labels, reduction="none"))
+    batches = Batches([Corpus(corpus_dir)], tokenizer, 32, 128, documents, 3)
+    losses = [F.cross_entropy(*found, reduction="none") for found in predictions(model, batches, 4, 0.3, 3)]
     if documents == "all":
         assert len({len(x) for x in losses}) > 1, "other numbers of masks in each"
     torch.cat(losses).mean().backward()
@@ -470,16 +474,11 @@ def test_the_log_has_loss_and_accuracy_of_the_masked_tokens(stem, corpus_dir, tm
     args = f"{SMALL} --micro_tokens 128 --max_steps 2 --lr 0 --optimizer adamw --seed 3 --log_every 2"
     here(command(corpus_dir, tmp_path, f"{args} --start_from {stem}"))
     model, tokenizer = MaskedLM.from_pretrained(stem), Tokenizer.load(corpus_dir)
-    batches, losses, right = Batches([Corpus(corpus_dir)], tokenizer, 32, 128, "all", 3), [], []
-    for m in range(8):
-        batch = batches(m)
-        ids, masked, labels = mask_tokens(batch, tokenizer, count_masked(batches, m, 0.3), "80/10/10", 3, m, CPU)
-        logits = model(ids, cu_seqlens=batch.cu_seqlens, max_seqlen=32, masked_idx=masked).detach()
-        losses += F.cross_entropy(logits, labels, reduction="none").tolist()
-        right += (logits.argmax(-1) == labels).tolist()
+    batches = Batches([Corpus(corpus_dir)], tokenizer, 32, 128, "all", 3)
+    logits, labels = map(torch.cat, zip(*predictions(model, batches, 8, 0.3, 3)))
     logged = records(tmp_path / "mosaic-tiny", "train")[2]
-    assert logged["loss"] == pytest.approx(np.mean(losses), abs=2e-5)
-    assert 0 < logged["accuracy"] == pytest.approx(np.mean(right), abs=1e-5)
+    assert logged["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), abs=2e-5)
+    assert 0 < logged["accuracy"] == pytest.approx((logits.argmax(-1) == labels).double().mean().item(), abs=1e-5)
 
 
 def test_dropout_is_another_one_in_every_micro_batch_and_for_every_seed(corpus_dir, tmp_path, monkeypatch, here):
@@ -1102,7 +1101,6 @@ def padded_eval_loss(call, corpus_dir: Path) -> float:
     return total / n
 
 
-@torch.no_grad()
 def small_evaluation() -> None:
     pretrain.EVAL_MICRO_TOKENS = 128
 
@@ -1115,15 +1113,10 @@ def test_evaluation_adds_up_over_micro_batches_and_processes(corpus_dir, tmp_pat
     run(corpus_dir, tmp_path, args, procs=procs, fault=small_evaluation)
     found = records(tmp_path / "mosaic-tiny", "eval")[20]
     model, tokenizer = MaskedLM.from_pretrained(tmp_path / "mosaic-tiny").eval(), Tokenizer.load(corpus_dir)
-    batches, loss, right = Batches([Corpus(corpus_dir, "val")], tokenizer, 32, 128, "all", 0), [], []
-    for m in range(4096 // 128):
-        batch = batches(m)
-        ids, masked, labels = mask_tokens(batch, tokenizer, count_masked(batches, m, 0.15), "80/10/10", 0, m, CPU)
-        logits = model(ids, cu_seqlens=batch.cu_seqlens, max_seqlen=32, masked_idx=masked)
-        loss += F.cross_entropy(logits, labels, reduction="none").tolist()
-        right += (logits.argmax(-1) == labels).tolist()
-    assert found["loss"] == pytest.approx(np.mean(loss), abs=2e-5)
-    assert 0 < found["accuracy"] == pytest.approx(np.mean(right), abs=1.1e-5)
+    batches = Batches([Corpus(corpus_dir, "val")], tokenizer, 32, 128, "all", 0)
+    logits, labels = map(torch.cat, zip(*predictions(model, batches, 4096 // 128, 0.15, 0)))
+    assert found["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), abs=2e-5)
+    assert 0 < found["accuracy"] == pytest.approx((logits.argmax(-1) == labels).double().mean().item(), abs=1.1e-5)
     batch, alone = batches(0), []
     for i in (~batch.special).nonzero().flatten()[:40]:
         hidden = batch.input_ids.index_fill(0, i, tokenizer.mask_id)
@@ -1132,6 +1125,7 @@ def test_evaluation_adds_up_over_micro_batches_and_processes(corpus_dir, tmp_pat
     assert found["pseudo_perplexity"] == pytest.approx(np.exp(np.mean(alone)), rel=1e-4)
 
 
+@torch.no_grad()
 def test_evaluation_is_the_same_whatever_the_training_settings(stem, corpus_dir, tmp_path):
     """Before a first step has changed the weights. The masks are of 15 %, whatever is trained with; and weights given
     with --start_from arrive unchanged: their evaluation is that of the run they come from."""

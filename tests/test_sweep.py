@@ -63,7 +63,7 @@ def mean_masking_rate(spec):
     return sum(map(float, (spec.split(":") * 2)[1:3])) / 2 if spec.startswith("linear") else float(spec[9:])
 """
 MACHINE = """
-def device_name(device): return "a CPU"
+def hardware_name(device): return "a CPU"
 def pick_device(kind): return None
 """  # without torch, which takes three seconds to import
 PRETRAIN = """
