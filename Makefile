@@ -85,10 +85,10 @@ plots: .venv/installed
 	@$(PY) plots.py kernels results/* || true
 
 bench: .venv/installed
-	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(PY) bench.py kernels; \
+	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(PY) -m bench.kernels; \
 		else echo "no CUDA device here: the kernels are not timed"; fi
-	$(PY) bench.py step
-	$(PY) bench.py data
+	$(PY) -m bench.step
+	$(PY) -m bench.data
 
 # the environment, what the demo made, and all of plots/
 clean:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from corpus import Corpus, Tokenizer
+from corpus.shards import Corpus
+from corpus.tokenizer import Tokenizer
 
 # ----------------------------------------------------------------------------- batches
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import tyro
 
-from corpus import Tokenizer
+from corpus.tokenizer import Tokenizer
 from flags import read_command_line
 from model import MaskedLM, find_folder
 

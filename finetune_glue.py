@@ -41,10 +41,10 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import glue_tasks as glue
-from corpus import Tokenizer
+from corpus.tokenizer import Tokenizer
 from flags import read_command_line
-from glue_tasks import Data, Recipe, Split, Task
+from glue import tasks as glue
+from glue.tasks import Data, Recipe, Split, Task
 from kernels import attention_backend
 from machine import device_name, git_revision, pick_device, pick_dtype
 from model import SequenceClassifier, find_checkpoints, weights_checksum
@@ -270,7 +270,7 @@ def find_starts(cfg: Config) -> list[Start]:
         if cfg.from_scratch:
             starts.append(from_scratch(starts[-1], shape))
     for name in filter(None, cfg.hf.split(",")):
-        from hf_encoder import HFTokenizer  # transformers takes seconds to import
+        from glue.hf_encoder import HFTokenizer  # transformers takes seconds to import
 
         tokenizer = HFTokenizer(name)  # refuses what cannot work before the first job
         local = Path(name).is_dir()
@@ -300,7 +300,7 @@ def load_model(start: Start, weights: Path, n_labels: int, dropout: float | None
     """Classifier from the folder `weights` (the start's, or that of its MNLI model); its last layer is always new."""
     torch.manual_seed(seed)
     if start.hf:
-        from hf_encoder import HFClassifier
+        from glue.hf_encoder import HFClassifier
 
         fresh = start.checkpoint == "random" and weights == start.folder
         model = HFClassifier(start.hf if weights == start.folder else str(weights), n_labels, dropout, not fresh)
@@ -321,7 +321,7 @@ def load_model(start: Start, weights: Path, n_labels: int, dropout: float | None
 def load_tokenizer(start: Start):
     """The start's own: a Tokenizer, or what transformers has for it."""
     if start.hf:
-        from hf_encoder import HFTokenizer
+        from glue.hf_encoder import HFTokenizer
 
         return HFTokenizer(start.hf)
     return Tokenizer.load(start.folder)

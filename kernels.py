@@ -17,7 +17,7 @@ the same input gives the same bits. TRITON_INTERPRET=1 runs the Triton kernels o
 what only the GPU knows (cu_seqlens, indices, labels).
 
 Numbers in the comments are instruction and register counts of this file's own sm_90 code (triton 3.9), or arithmetic
-with an H200's 788 TFLOP/s and 4.3 TB/s. Nothing here has been timed yet; `bench.py kernels` does that.
+with an H200's 788 TFLOP/s and 4.3 TB/s. Nothing here has been timed yet; `python -m bench.kernels` does that.
 """
 
 import math

@@ -438,7 +438,7 @@ def logged_speeds(paths: tuple[str, ...]) -> list[tuple]:
 
 
 def measured_speeds(paths: tuple[str, ...]) -> tuple[list[tuple], dict[str, dict]]:
-    """The same of bench.py step's contenders, ours and peers, over its rounds; and {series: {seq_len: tok/s at the
+    """The same of python -m bench.step's contenders, ours and peers, over its rounds; and {series: {seq_len: tok/s at the
     GPU's peak}} of our MosaicBERT shapes."""
     speeds, peaks = [], defaultdict(dict)
     for device, r in [(report["device"], r) for report in read_reports(paths, "results") for r in report["results"]]:
@@ -456,7 +456,7 @@ def measured_speeds(paths: tuple[str, ...]) -> tuple[list[tuple], dict[str, dict
 
 def throughput(runs: Runs, out: Out = "plots/throughput.png") -> None:
     """Real tokens per second, and model FLOPs utilisation where it is known, against sequence length: of runs, and of
-    bench.py step (results/step-*.json), with its peers and the GPU's peak."""
+    python -m bench.step (results/step-*.json), with its peers and the GPU's peak."""
     speeds, peaks = measured_speeds(runs)
     speeds += logged_speeds(tuple(str(p) for p in expand(runs) if p.suffix != ".json"))
     if not speeds:

@@ -40,21 +40,12 @@ from pathlib import Path
 
 import numpy as np
 
-from corpus import (
-    FORMAT,
-    N_FIXED,
-    BadInput,
-    Corpus,
-    ShardWriter,
-    Tokenizer,
-    read_json,
-    to_json,
-    valid_unicode,
-    write_atomically,
-)
-from inspect_corpus import CACHED, Inspect, inspect_folder, print_fertility
-from offline import n_dev_examples, write_word_order_task
-from sources import SUFFIXES, find_items, item_documents
+from corpus.docstrings import n_dev_examples, write_word_order_task
+from corpus.inspect import CACHED, print_fertility
+from corpus.shards import FORMAT, Corpus, ShardWriter
+from corpus.sources import SUFFIXES, find_items, item_documents
+from corpus.tokenizer import N_FIXED, Tokenizer, valid_unicode
+from records import BadInput, read_json, to_json, write_atomically
 
 try:
     import fcntl
@@ -457,10 +448,7 @@ def main() -> None:
     from flags import read_command_line  # not needed by the workers, which import this file
 
     try:
-        if sys.argv[1:2] == ["inspect"]:
-            inspect_folder(read_command_line(Inspect, sys.argv[2:], "prepare_c4.py inspect", positional=True))
-        else:
-            prepare(read_command_line(Config, about=__doc__, positional=True))
+        prepare(read_command_line(Config, about=__doc__, positional=True))
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command continues") from None
     except BadInput as e:

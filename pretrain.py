@@ -43,7 +43,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from batches import Batch, Batches, count_masked, mask_tokens, one_mask_each
-from corpus import Corpus, Tokenizer, write_atomically
+from corpus.shards import Corpus
+from corpus.tokenizer import Tokenizer
 from flags import one_line_refusals
 from kernels import attention_backend, attention_tiles
 from machine import device_name, git_revision, peak_tflops, pick_device, pick_dtype
@@ -73,6 +74,7 @@ from recipes import (
     read_mixture,
     run_config,
 )
+from records import write_atomically
 
 # tokens of one forward in evaluation: fixed, so that runs with other micro_tokens see the same tokens and masks
 EVAL_MICRO_TOKENS = 8_192

@@ -3,6 +3,7 @@
 import glob as globbing
 import json
 import math
+import os
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -25,6 +26,36 @@ NEEDED = {
     "glue": ["step", "score", "majority"],
     "sweep": ["step", "tokens", "seed", "budget", "value", "train_seconds", "gpu_seconds", "dollars", "world_size"],
 }  # a record without these numbers is damaged
+
+
+class BadInput(ValueError):
+    """Something the user can mend, in one line: what, where, what to do."""
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` so that a kill at any moment leaves the old file or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def to_json(value: object) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def read_json(path: Path, advice: str = "prepare the folder again") -> dict:
+    """A small JSON object of ours. BadInput when it is missing or damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(value, dict):
+            return value
+        problem = "it holds no JSON object"
+    except (OSError, ValueError) as e:
+        problem = str(e)
+    raise BadInput(f"{path} cannot be read ({problem}); {advice}") from None
 
 
 @dataclass

@@ -12,7 +12,8 @@ from conftest import some_documents
 
 import prepare_c4
 from batches import Batch, Batches, count_masked, mask_tokens, one_mask_each, random_bits, shuffled
-from corpus import Corpus, Tokenizer
+from corpus.shards import Corpus
+from corpus.tokenizer import Tokenizer
 
 T, S = 1_024, 64
 

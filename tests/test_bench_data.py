@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import some_documents
 
-import bench_data
-from corpus import Tokenizer
+from bench import data as bench_data
+from corpus.tokenizer import Tokenizer
 from prepare_c4 import Config, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,7 +27,7 @@ def test_report_of_a_small_run_holds_every_number(tmp_path):
         tmp_path / "c.jsonl", ["ΟΔΟΣ [MASK] [SEP] in a text", *some_documents(300)]
     )  # each needs care to be equal
     small = ["--megabytes", "0.4", "--vocab_size", "600", "--repeats", "1", "--workers", "1", "--growth", "3"]
-    command = [sys.executable, "bench.py", "data", str(source), *small, "--out", str(tmp_path / "r.json")]
+    command = [sys.executable, "-m", "bench.data", str(source), *small, "--out", str(tmp_path / "r.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "r.json").read_text())

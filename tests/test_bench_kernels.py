@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench_kernels
 import machine
-from bench_kernels import attempt, attention_cost, draw_lengths, matmul_shapes, pointwise_bytes, print_row, rates
+from bench import kernels as bench_kernels
+from bench.kernels import attempt, attention_cost, draw_lengths, matmul_shapes, pointwise_bytes, print_row, rates
 from model import PRESETS, EncoderConfig, MaskedLM
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +35,7 @@ def test_the_door_names_its_modes_without_importing_them():
 def test_without_a_gpu_it_is_one_line():
     result = bench("kernels")
     assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr.startswith("error: bench.py kernels: no CUDA device") and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: python -m bench.kernels: no CUDA device") and result.stderr.count("\n") == 1
 
 
 def test_the_lengths_and_peers_are_the_promised_ones():

@@ -1,13 +1,13 @@
-"""bench.py step: what it counts, what it feeds the peers, and that it runs on a CPU."""
+"""python -m bench.step: what it counts, what it feeds the peers, and that it runs on a CPU."""
 
 import json
 
 import pytest
 import torch
 
-import bench_step
 from batches import Batches
-from bench_step import Config, RandomCorpus, first_documents, mfu, open_data, ours, padded, run, theirs
+from bench import step as bench_step
+from bench.step import Config, RandomCorpus, first_documents, mfu, open_data, ours, padded, run, theirs
 from model import EncoderConfig, flops_per_token
 
 CPU = torch.device("cpu")

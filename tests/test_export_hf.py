@@ -14,9 +14,9 @@ from conftest import some_documents
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import export_hf
-from corpus import Tokenizer
-from export_hf import fast_tokenizer, main, modeling_source
+from corpus.tokenizer import Tokenizer
+from export import huggingface as export_hf
+from export.huggingface import fast_tokenizer, main, modeling_source
 from fill_mask import fill_mask
 from model import EncoderConfig, MaskedLM, SentenceEmbedder, SequenceClassifier, TokenClassifier
 from pretrain import load_start, train
@@ -290,7 +290,7 @@ def test_official_mosaicbert_weights_run_as_upstream_ran_them(tmp_path):
 
 
 def sources() -> list[str]:
-    return [(ROOT / f).read_text(encoding="utf-8") for f in ("model.py", "kernels.py", "modeling_hf.py")]
+    return [(ROOT / f).read_text(encoding="utf-8") for f in ("model.py", "kernels.py", "export/modeling.py")]
 
 
 def test_the_export_holds_the_code_of_today_and_follows_a_change_in_model_py(exported):
@@ -477,7 +477,7 @@ def test_classifiers_run_in_onnx_for_any_batch(run, tokenizer, tmp_path, cls):
 
 def test_an_onnx_graph_of_one_batch_size_is_refused(run, tokenizer, tmp_path, monkeypatch):
     checkpoint(tmp_path / "in", tokenizer, randomized(SequenceClassifier.from_pretrained(run, n_labels=3)))
-    fixed = (ROOT / "modeling_hf.py").read_text().replace("torch.arange(x.shape[0],", "torch.arange(len(x),")
+    fixed = (ROOT / "export/modeling.py").read_text().replace("torch.arange(x.shape[0],", "torch.arange(len(x),")
     source = export_hf.modeling_source
     monkeypatch.setattr(export_hf, "modeling_source", lambda model, kernels, _: source(model, kernels, fixed))
     with pytest.raises(SystemExit, match="input_ids has been traced with a fixed size"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from corpus import Tokenizer
+from corpus.tokenizer import Tokenizer
 from fill_mask import fill_mask, main, show
 from model import EncoderConfig, MaskedLM
 

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from scipy.stats import ttest_ind
 
 import finetune_glue
-import glue_tasks as glue
-from corpus import Tokenizer
+from corpus.tokenizer import Tokenizer
 from finetune_glue import encode, find_checkpoints, main, predict, read_records, train
+from glue import tasks as glue
 from model import EncoderConfig, MaskedLM, SequenceClassifier
 
 REPO = Path(__file__).parents[1]
@@ -928,7 +928,7 @@ def write_hf_bert(folder: Path) -> None:
 
 
 def test_hugging_face_bert_is_fine_tuned_by_our_model_and_by_transformers(tmp_path, glue_dir, capsys):
-    from hf_encoder import HFClassifier, HFTokenizer
+    from glue.hf_encoder import HFClassifier, HFTokenizer
 
     write_hf_bert(tmp_path / "bert")
     theirs, ours = HFClassifier(str(tmp_path / "bert"), 2).eval(), SequenceClassifier.from_pretrained(tmp_path / "bert")
@@ -969,7 +969,7 @@ def write_hf_encoder(folder: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert", "distilbert"])
 def test_any_transformers_encoder_reads_the_flat_batch_as_its_own(kind, tmp_path):
-    from hf_encoder import HFClassifier
+    from glue.hf_encoder import HFClassifier
 
     write_hf_encoder(tmp_path, kind)
     torch.manual_seed(0)
@@ -993,7 +993,7 @@ def test_a_transformers_tokenizer_that_adds_nothing_itself_still_has_its_pairs_p
     from tokenizers import models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from hf_encoder import HFTokenizer
+    from glue.hf_encoder import HFTokenizer
 
     write_hf_bert(tmp_path)
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
@@ -1012,7 +1012,7 @@ def test_a_transformers_tokenizer_that_adds_nothing_itself_still_has_its_pairs_p
 def test_transformers_weights_that_do_not_fit_are_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    from hf_encoder import HFClassifier, HFTokenizer
+    from glue.hf_encoder import HFClassifier, HFTokenizer
 
     write_hf_bert(tmp_path)
     config, file = tmp_path / "config.json", tmp_path / "model.safetensors"

@@ -10,9 +10,10 @@ import torch
 from conftest import some_documents
 
 import prepare_c4
-from corpus import Corpus, Tokenizer
-from long_context import draw, evaluate, long_documents, main, windows
+from corpus.shards import Corpus
+from corpus.tokenizer import Tokenizer
 from model import EncoderConfig, MaskedLM
+from studies.long_context import draw, evaluate, long_documents, main, windows
 
 SHAPE = dict(n_layers=1, n_heads=2, d_model=16, d_ff=16)
 

@@ -89,7 +89,7 @@ def make_sweep(folder, presets=("mosaic-tiny", "bert-tiny"), variants=("", "adam
 
 
 def kernel_report(path, lengths=(128, 512, 4096, 8192)):
-    """As bench.py kernels writes it: ours at 50 % and a peer at 25 % of the roofline; one failure."""
+    """As python -m bench.kernels writes it: ours at 50 % and a peer at 25 % of the roofline; one failure."""
     rows = []
     for n, c4 in product(lengths, (False, True)):
         for provider, share in (("ours", 0.5), ("flex_attention, compiled", 0.25)):
@@ -103,7 +103,7 @@ def kernel_report(path, lengths=(128, 512, 4096, 8192)):
 
 
 def step_report(path):
-    """As bench.py step writes it: ours at 50 % MFU, a peer at 20 %, one that failed."""
+    """As python -m bench.step writes it: ours at 50 % MFU, a peer at 20 %, one that failed."""
     ours = {
         "name": "mosaic-base, compiled",
         "tok_per_s": 100_000.0,

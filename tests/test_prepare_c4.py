@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import inspect_corpus
-import offline
 import prepare_c4
-import sources
-from corpus import Corpus, Tokenizer
-from offline import SWAPS, write_word_order_task
+from corpus import docstrings as offline
+from corpus import inspect as inspect_corpus
+from corpus import sources
+from corpus.docstrings import SWAPS, write_word_order_task
+from corpus.shards import Corpus
+from corpus.tokenizer import Tokenizer
 from prepare_c4 import Config, document_key, prepare
 
 ROOT = Path(__file__).resolve().parents[1]

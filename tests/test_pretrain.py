@@ -30,7 +30,8 @@ import prepare_c4
 import pretrain
 import recipes
 from batches import Batches, count_masked, mask_tokens
-from corpus import Corpus, Tokenizer
+from corpus.shards import Corpus
+from corpus.tokenizer import Tokenizer
 from model import EncoderConfig, MaskedLM
 from pretrain import TrainConfig, batch_at, learning_rate, masking_rate, mean_masking_rate
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-import sweep
-from leaderboard import leaderboard, short, verdict, with_error
+from sweep import run as sweep
+from sweep.leaderboard import leaderboard, short, verdict, with_error
 
 REPO = Path(sweep.__file__).parent
 
@@ -162,15 +162,14 @@ def stand_ins(tmp_path):
     stand_ins = {"recipes": RECIPES, "machine": MACHINE, "pretrain": PRETRAIN, "finetune_glue": FINETUNE}
     for name, text in stand_ins.items():
         (tmp_path / f"{name}.py").write_text(text)
-    for name in ("sweep.py", "leaderboard.py"):
-        (tmp_path / name).write_text((REPO / name).read_text())
+    shutil.copytree(REPO / "sweep", tmp_path / "sweep")
     return tmp_path
 
 
 def start(folder, *args, **env):
     env = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"} | env
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder, env=env)
-    return subprocess.Popen([sys.executable, "sweep.py", *map(str, args)], **pipes)
+    return subprocess.Popen([sys.executable, "-m", "sweep.run", *map(str, args)], **pipes)
 
 
 def run(folder, *args, code=0, **env):
@@ -493,7 +492,7 @@ def test_the_table_is_what_is_computed_by_hand():
     a, b = [4.0, 4.2, 4.4], [4.1, 4.3, 4.6]
     records = [row("base", s, v) for s, v in zip((1, 2, 3), a)]
     records += [row("base+x", s, v, variant="x") for s, v in zip((1, 2, 3), b)]
-    text = leaderboard(records, {"job 9": "error: no"}, "t", "python sweep.py")
+    text = leaderboard(records, {"job 9": "error: no"}, "t", "python -m sweep.run")
     # s.e. = 0.2 / sqrt 3; differences 0.1, 0.1, 0.2: mean 0.1333, s.e. 0.0333, t = 4 with 2 degrees of freedom
     assert "| 1 | base | 4.2000 ± 0.1155 | 3 | 7 | 1M | 2.00e+12 | 2 | 2.00 | 8 × H200 | abc |" in text
     assert "| 2 | base+x | 4.3333 ± 0.1453 |" in text
@@ -563,7 +562,7 @@ def test_a_sweep_with_the_real_scripts(corpus_dir, tmp_path):
     tune = "--task task.tsv --eval task.tsv --task_name parity --seeds 1 --epochs 1 --max_len 16 --device cpu"
     args = ["mosaic-tiny", "--data", corpus_dir, "--seeds", "1", "--budgets", "10240", "20480", "--timing_steps", "6"]
     args += [f"--flags={flags}", f"--finetune={tune}", "--vary", "linear:schedule=linear"]
-    command = [sys.executable, str(REPO / "sweep.py"), *map(str, args)]
+    command = [sys.executable, "-m", "sweep.run", *map(str, args)]
     how = dict(cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     done = subprocess.run(command, **how)
     assert done.returncode == 0, done.stdout + done.stderr

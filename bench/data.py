@@ -1,7 +1,7 @@
 """Times text -> token shards against `datasets` over `tokenizers`, on the same documents and the same vocabulary.
 
-    python bench.py data                          # the offline docstrings; about a minute on two cores
-    python bench.py data "corpus/*.jsonl.zst"     # a file, folder or "glob*" of .jsonl(.gz|.zst), .parquet, .txt
+    python -m bench.data                          # the offline docstrings; about a minute on two cores
+    python -m bench.data "corpus/*.jsonl.zst"     # a file, folder or "glob*" of .jsonl(.gz|.zst), .parquet, .txt
 
 Each whole path is a process of its own that goes from compressed JSON lines to files a trainer maps. Ours is
 prepare_c4.py with a given tokenizer. The peer is datasets.load_dataset, then .map(batched=True) over the tokenizer that
@@ -29,11 +29,14 @@ import numpy as np
 import tyro
 
 import prepare_c4
-import sources
-from corpus import BadInput, Corpus, Tokenizer
+from corpus import sources
+from corpus.shards import Corpus
+from corpus.tokenizer import Tokenizer
+from flags import read_command_line
+from records import BadInput
 
 C4_DOCUMENTS, C4_BYTES = 365e6, 800e9  # the train split of C4 "en": documents, bytes of text
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 PIECES = 16  # files the sample is cut into, so that several workers have something to do
 ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
@@ -173,7 +176,7 @@ def reader_rate(folder: Path, seconds: float = 2.0) -> float:
 
 def bench(cfg: Config, work: Path) -> dict:
     """Everything that is measured, in plain numbers; `work` is an empty folder for temporary files."""
-    from export_hf import fast_tokenizer
+    from export.huggingface import fast_tokenizer
 
     cores = os.cpu_count() or 1
     counts = sorted({1, *(cfg.workers or [*(2**k for k in range(10) if 2**k < cores), cores])})
@@ -245,7 +248,7 @@ def run(cfg: Config) -> None:
         try:
             body = bench(cfg, Path(folder))
         except BadInput as e:
-            raise SystemExit(f"error: bench.py data: {e}") from None
+            raise SystemExit(f"error: python -m bench.data: {e}") from None
     print(f"\n{'whole path, per core':34}{'MB/CPU s':>9}{'MB/s':>9}{'peak MB':>9}")
     for name, row in body["paths"].items():
         print(f"{name:34}{row['mb_per_cpu_s']:9.1f}{row['mb_per_s']:9.1f}{row['peak_mb']:9.0f}")
@@ -264,3 +267,7 @@ def run(cfg: Config) -> None:
         f"{c4['hours_on_16_cores']:.1f} hours, assuming {c4['assumptions']}"
     )
     print(f"wrote {write_report('data', body, torch.device('cpu'), cfg.out)}")
+
+
+if __name__ == "__main__":
+    run(read_command_line(Config, prog="python -m bench.data", about=__doc__))

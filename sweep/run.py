@@ -1,11 +1,11 @@
 """Pretrain, cool down and fine-tune every preset × variant × seed × budget; then rank, and test what beats what.
 
-    python sweep.py mosaic-tiny bert-tiny --name shapes --data data/docstrings --budgets 2e6 4e6 8e6 \\
+    python -m sweep.run mosaic-tiny bert-tiny --name shapes --data data/docstrings --budgets 2e6 4e6 8e6 \\
         --flags="--seq_len 32" --finetune="--task RTE,CoLA --glue_dir glue --seeds 1,2"
-    python sweep.py mosaic-tiny --name optimizer --data data/docstrings --budgets 4e6 --equal time \\
+    python -m sweep.run mosaic-tiny --name optimizer --data data/docstrings --budgets 4e6 --equal time \\
         --vary adamw:optimizer=adamw,lr=2e-3 nobias:model.bias=False      # an ablation, against mosaic-tiny as it is
     torchrun --nproc_per_node 8 sweep.py ...                               # 8 workers, a GPU each, one queue
-    python sweep.py ... --dry_run                                          # the jobs, and how long they will take
+    python -m sweep.run ... --dry_run                                          # the jobs, and how long they will take
 
 One stem is trained for each preset, variant and seed, as long as the largest budget (--schedule wsd); for every smaller
 budget a cool-down branches off it, so budgets of 1, 2 and 4 cost 4.6 and not 7. Variants with schedule=linear, and all
@@ -37,19 +37,18 @@ from typing import IO, Annotated, Literal
 import tyro
 
 import finetune_glue
-from corpus import to_json, write_atomically
 from flags import one_line_refusals, read_command_line
-from leaderboard import leaderboard, short
 from machine import hardware_name, pick_device
 from recipes import FREE_TO_CHANGE, TrainConfig, check_config, known_settings, make_presets, mean_masking_rate
-from records import read_jsonl
+from records import read_jsonl, to_json, write_atomically
+from sweep.leaderboard import leaderboard, short
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 OURS = {"data", "out", "name", "seed", "max_steps", "max_tokens", "max_minutes", "checkpoint_every", "cooldown_from"}
 FIXED = ("data", "budgets", "equal", "no_stem", "flags")
 

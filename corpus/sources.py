@@ -15,8 +15,8 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 
-from corpus import BadInput
-from offline import collect_docstrings
+from corpus.docstrings import collect_docstrings
+from records import BadInput
 
 SUFFIXES = re.compile(r"\.(?:(?:jsonl?|txt)(?:\.gz|\.zst)?|parquet)$")
 ITEM_BYTES = 8 << 20  # input files are grouped into work items of at least this size

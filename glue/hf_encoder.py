@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-from corpus import valid_unicode
+from corpus.tokenizer import valid_unicode
 
 logging.set_verbosity_error()  # it reports every new classifier in ten lines
 logging.disable_progress_bar()

@@ -1,9 +1,9 @@
 """Hand a checkpoint to the Hugging Face world: transformers, sentence-transformers, ONNX.
 
-    python export_hf.py runs/mosaic-base --out hf/mosaic-base              # any shape; code travels with the weights
-    python export_hf.py runs/bert-base --out hf/bert-base --bert           # BERT's shape: BertForMaskedLM, no code
-    python export_hf.py runs/mosaic-base --out hf/mosaic-base --onnx       # also onnx/model.onnx, any batch and length
-    python export_hf.py path/to/mosaic-bert --out hf/again                 # official MosaicBERT weights, without Triton
+    python -m export.huggingface runs/mosaic-base --out hf/mosaic-base              # any shape; code travels with the weights
+    python -m export.huggingface runs/bert-base --out hf/bert-base --bert           # BERT's shape: BertForMaskedLM, no code
+    python -m export.huggingface runs/mosaic-base --out hf/mosaic-base --onnx       # also onnx/model.onnx, any batch and length
+    python -m export.huggingface path/to/mosaic-bert --out hf/again                 # official MosaicBERT weights, without Triton
 
     AutoTokenizer.from_pretrained("hf/mosaic-base", trust_remote_code=True)
     AutoModelForMaskedLM.from_pretrained("hf/mosaic-base", trust_remote_code=True)   # AutoModel, ...Classification too
@@ -33,11 +33,11 @@ from safetensors.torch import save_file
 from tokenizers import decoders, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from corpus import BYTE_CHARS, SPECIALS, Tokenizer, read_json
+from corpus.tokenizer import BYTE_CHARS, SPECIALS, Tokenizer
 from flags import read_command_line
 from model import MaskedLM, Pretrained, SequenceClassifier, TokenClassifier, find_folder
 from recipes import run_config
-from records import read_jsonl
+from records import read_json, read_jsonl
 
 # our class -> the end of transformers' name for it
 HEADS = {
@@ -240,8 +240,8 @@ def write_model(model: Pretrained, tokenizer: Tokenizer, labels: dict, folder: P
         **labels,
     }
     write_json(folder / "config.json", json.loads((folder / "config.json").read_text()) | extra)
-    here = Path(__file__).parent
-    sources = [(here / f).read_text(encoding="utf-8") for f in ("model.py", "kernels.py", "modeling_hf.py")]
+    here = Path(__file__).parents[1]
+    sources = [(here / f).read_text(encoding="utf-8") for f in ("model.py", "kernels.py", "export/modeling.py")]
     (folder / "modeling_nanomosaicbert.py").write_text(modeling_source(*sources), encoding="utf-8")
 
 

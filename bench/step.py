@@ -1,7 +1,7 @@
 """Times whole training steps (data, forward, backward, optimizer) against transformers' encoders.
 
-    python bench.py step                                     # base and large on a GPU, 4 layers × 256 on a CPU
-    python bench.py step --sizes base --seq_lens 128 --data data/c4
+    python -m bench.step                                     # base and large on a GPU, 4 layers × 256 on a CPU
+    python -m bench.step --sizes base --seq_lens 128 --data data/c4
 
 Contenders, all in this run and in turns: our MosaicBERT shape (30 % masking) and BERT shape (15 %), through the
 batches, masking, model and optimizer of pretrain.py; transformers' BertForMaskedLM (15 %) and ModernBertForMaskedLM
@@ -27,8 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from batches import Batch, Batches, count_masked, mask_tokens
-from bench_kernels import C4_QUANTILES
-from corpus import SPECIALS, Corpus, Tokenizer
+from bench.kernels import C4_QUANTILES
+from corpus.shards import Corpus
+from corpus.tokenizer import SPECIALS, Tokenizer
+from flags import read_command_line
 from kernels import attention_backend
 from machine import device_name, failure, hardware_name, peak_tflops, pick_device, pick_dtype, write_report
 from model import MaskedLM, flops_per_token
@@ -389,3 +391,7 @@ def run(cfg: Config) -> dict:
             # after each: a kill loses the next one at most
             print(f"wrote {write_report('step', body, device, cfg.out)}", flush=True)
     return body
+
+
+if __name__ == "__main__":
+    run(read_command_line(Config, prog="python -m bench.step", about=__doc__))

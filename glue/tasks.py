@@ -19,7 +19,7 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr, t
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from sources import ask_hub
+from corpus.sources import ask_hub
 
 # ----------------------------------------------------------------------------- tasks and recipes
 

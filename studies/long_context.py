@@ -1,9 +1,9 @@
 """How does an encoder trained on short windows do on long ones? The same masks, more and more context.
 
     python prepare_c4.py books.jsonl --out data/books --tokenizer data/c4      # long documents, the model's vocabulary
-    python long_context.py runs/mosaic-base --data data/books                  # at 128, 512, 2,048 and 8,192 tokens
-    python long_context.py runs/a runs/b --data data/books --lengths 128 1024 --documents 50
-    python long_context.py runs/mosaic-base --data data/pieces --join --split train   # books that come in pieces
+    python -m studies.long_context runs/mosaic-base --data data/books                  # at 128, 512, 2,048 and 8,192 tokens
+    python -m studies.long_context runs/a runs/b --data data/books --lengths 128 1024 --documents 50
+    python -m studies.long_context runs/mosaic-base --data data/pieces --join --split train   # books that come in pieces
 
 From each document the text of the longest window is taken and 15 % of it masked, once. Then it is cut into windows of
 each length and the same masked tokens are predicted from each: what differs is only how much context a window holds.
@@ -29,10 +29,12 @@ import tyro
 from torch import Tensor
 
 from batches import Batch, mask_tokens
-from corpus import Corpus, Tokenizer, read_json, to_json, write_atomically
+from corpus.shards import Corpus
+from corpus.tokenizer import Tokenizer
 from flags import read_command_line
 from machine import device_name, git_revision, pick_device, pick_dtype
 from model import MaskedLM, find_folder
+from records import read_json, to_json, write_atomically
 
 
 @dataclass

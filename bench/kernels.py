@@ -1,7 +1,7 @@
 """Times the kernels against their peers on the GPU at hand, and writes what it found to results/.
 
-    python bench.py kernels                    # everything -> results/kernels-<gpu>.json
-    python bench.py kernels --lengths 128 512  # some document lengths only
+    python -m bench.kernels                    # everything -> results/kernels-<gpu>.json
+    python -m bench.kernels --lengths 128 512  # some document lengths only
 
 Every number is the median of device-timed runs on random bf16 data (zeros run faster), with the L2 cache overwritten
 between runs. "roofline" is the share reached of the speed that the hardware allows: FLOPs at the rate of a large matrix
@@ -19,6 +19,7 @@ import torch._functorch.config
 import torch.nn.functional as F
 
 import kernels
+from flags import read_command_line
 from machine import failure, write_report
 
 # Tokens per document at each 5 % of C4's length distribution, without [CLS] and [SEP]: the first 3,000 documents of its
@@ -342,7 +343,7 @@ def run(cfg: Config) -> None:
     if cfg.repeats < 1:
         raise SystemExit(f"error: --repeats {cfg.repeats}: give at least 1")
     if not torch.cuda.is_available():
-        raise SystemExit("error: bench.py kernels: no CUDA device here, and the kernels can only be timed on one")
+        raise SystemExit("error: python -m bench.kernels: no CUDA device here, and the kernels can only be timed on one")
     torch.manual_seed(0)
     torch._functorch.config.donated_buffer = False  # else a compiled peer refuses to run its backward more than once
     timer = Timer(cfg.repeats)
@@ -359,3 +360,7 @@ def run(cfg: Config) -> None:
     for part, bench in (("matmul", bench_matmul), ("pointwise", bench_pointwise)):
         report[part] = bench(cfg, timer, roofline)
         write()
+
+
+if __name__ == "__main__":
+    run(read_command_line(Config, prog="python -m bench.kernels", about=__doc__))

@@ -11,7 +11,10 @@ import sys
 import numpy as np
 import tiktoken
 
-from corpus import BadInput, Corpus, Tokenizer
+from corpus.shards import Corpus
+from corpus.tokenizer import Tokenizer
+from flags import read_command_line
+from records import BadInput
 
 CACHED = {  # vocabularies the fertility is compared with where a cache has them: name -> repositories of the hub
     "gpt2": ("openai-community/gpt2", "gpt2"),
@@ -102,3 +105,15 @@ def inspect_folder(cfg: Inspect) -> None:
     plt.title(title)
     plt.savefig(path := cfg.png or f"{cfg.folder}/lengths.png")
     print(f"histogram: {path}")
+
+
+def main() -> None:
+    """Command line: a prepared folder, then what to show of it."""
+    try:
+        inspect_folder(read_command_line(Inspect, prog="python -m corpus.inspect", positional=True))
+    except BadInput as e:
+        raise SystemExit(f"error: {e}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from corpus import write_atomically
+from records import write_atomically
 
 # ------------------------------------------------------------------------------------------- source: documentation
 FUNCTION_WORDS = set(re.findall(r"\w+", "a an and are as at be by can for from if in is it of on or that the this to"))

@@ -1,0 +1,1 @@
+"""Timings against peers: `python -m bench.kernels`, `bench.step`, `bench.data`."""

@@ -1,0 +1,1 @@
+"""Text in, token shards out: sources, tokenizer, shard format, offline text, `python -m corpus.inspect`."""

@@ -1,0 +1,1 @@
+"""GLUE: its tasks, files and metrics; any transformers encoder as a starting point."""

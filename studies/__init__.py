@@ -1,0 +1,1 @@
+"""One question each: `python -m studies.long_context` reads long texts."""

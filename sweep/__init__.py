@@ -1,0 +1,1 @@
+"""Presets x seeds x budgets x variants: `python -m sweep.run`, and the ranking of its results."""
