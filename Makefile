@@ -73,7 +73,6 @@ test-slow: .venv/installed
 
 lint: .venv/installed
 	$(PY) -m ruff check
-	$(PY) -m ruff format --check
 
 # a figure whose data is not there yet says so and is left out
 plots: .venv/installed
