@@ -53,24 +53,34 @@ INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"  # triton i
 CHECK_VALUES = os.environ.get("NANOMOSAIC_CHECK") == "1"  # looking at values costs a synchronisation on a GPU
 
 
-def attention_backend(device_type: str) -> tuple[str, str]:
-    """Which kernels run on `device_type` ("cuda", "cpu", ...), and why, for a banner line.
+def attention_backend(
+    device_type: str, attention: str = "auto", dropout: float = 0.0
+) -> tuple[str, str]:
+    """Which attention runs on `device_type` ("cuda", "cpu", ...), and why, for a banner line.
 
-    Returns ("triton" | "reference", one sentence). Raises ValueError when CUDA meets a triton that is too old."""
+    attention: "triton", "cpu" (PyTorch, tuned for CPUs) or "padded" (PyTorch's own on a padded
+    batch) as it is, "auto" by device and by the dropout of the attention weights.
+    Returns (one of those three, a sentence). ValueError for CUDA with a triton that is too old."""
+    if attention != "auto":
+        return attention, "asked for"
     if device_type != "cuda":
-        return "reference", f"Triton kernels need CUDA; on {device_type} the PyTorch reference runs"
+        return "cpu", f"Triton kernels need CUDA; on {device_type} PyTorch does it"
     if TRITON_TOO_OLD:
-        raise ValueError(f"kernels.py needs triton >= 3.6, found {TRITON_VERSION}: upgrade torch, or triton alone")
+        raise ValueError(
+            f"kernels.py needs triton >= 3.6, found {TRITON_VERSION}: upgrade torch, or triton alone"
+        )
     if not HAS_TRITON:
-        return "reference", "triton is not installed, so the slow PyTorch reference runs"
+        return "padded", "triton is not installed: PyTorch on a padded batch"
+    if dropout > 0:
+        return "padded", "the Triton kernel has no dropout: PyTorch on a padded batch"
     return "triton", f"CUDA and triton {TRITON_VERSION}"
 
 
 def _use_triton(x: Tensor, backend: str = "auto") -> bool:
-    if backend == "reference":
+    if backend in ("cpu", "padded"):
         return False
     if backend not in ("auto", "triton"):
-        raise ValueError(f'kernels: backend is "auto", "triton" or "reference", not "{backend}"')
+        raise ValueError(f'kernels: backend is auto, triton, cpu or padded, not "{backend}"')
     if backend == "auto":
         return attention_backend(x.device.type)[0] == "triton"
     if not HAS_TRITON:
@@ -253,18 +263,22 @@ def _attention_backward_reference(dout, qkv, out, lse, cu_seqlens, slopes, dropo
     return dqkv
 
 
-def _attention_padded(qkv, cu_seqlens, max_seqlen, dropout_p):
-    """Attention as one padded batch (B, max_seqlen) through PyTorch's own: out (T, H, D). For BERT on a GPU, whose
-    dropout of the attention weights the Triton kernel does not have; unlike the reference it never waits for the host.
-    Dropout follows torch's generator of the device."""
+def _attention_padded(qkv, cu_seqlens, max_seqlen, slopes, dropout_p):
+    """Attention as one padded batch (B, max_seqlen) through PyTorch's own: out (T, H, D). For BERT
+    on a GPU, whose dropout of the attention weights the Triton kernel does not have; it never waits
+    for the host. Dropout follows torch's generator of the device."""
     cu, row = cu_seqlens.long(), torch.arange(len(qkv), device=qkv.device)
     B = len(cu) - 1
     document = torch.bucketize(row, cu[1:], right=True)  # B for rows behind the last document
     place = torch.where(document < B, document * max_seqlen + row - cu[document], -1)
     padded = scatter_rows(qkv, place, B * max_seqlen).unflatten(0, (B, max_seqlen))
     q, k, v = padded.permute(2, 0, 3, 1, 4)  # (B, H, S, D) each
-    real = torch.arange(max_seqlen, device=qkv.device) < cu.diff()[:, None]  # (B, S)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=real[:, None, None], dropout_p=dropout_p)
+    i = torch.arange(max_seqlen, device=qkv.device)
+    mask = (i < cu.diff()[:, None])[:, None, None]  # (B, 1, 1, S)
+    if slopes is not None:
+        bias = -slopes.to(q.dtype)[:, None, None] * (i[:, None] - i).abs()  # (H, S, S)
+        mask = torch.where(mask, bias, -math.inf)  # (B, H, S, S)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
     return gather_rows(out.transpose(1, 2).flatten(0, 1), place)
 
 
@@ -760,17 +774,18 @@ def varlen_attention(
     max_seqlen  the longest document, or any bound above it (it picks the kernel, so keep it fixed in training)
     slopes      (H,) fp32 (`alibi_slopes`), or None for no bias; never given a gradient
     tiles       the work list of `attention_tiles`, on qkv's device; None launches a rectangular grid
-    dropout_p   dropout of the attention weights, reference only; `seed` (0-dim int64 CPU tensor) fixes the mask and
-                is drawn from torch's CPU generator when None (on CUDA without slopes: torch's CUDA generator decides)
-    backend     "auto" (CUDA with triton: triton; else reference), "triton" or "reference", which on CUDA without
-                slopes is PyTorch's own attention on a padded batch
+    dropout_p   dropout of the attention weights, "cpu" and "padded" only. cpu: `seed` (0-dim int64
+                CPU tensor) fixes the mask and is drawn from torch's CPU generator when None;
+                padded: torch's generator of the device decides
+    backend     "auto", "triton", "cpu" or "padded": see `attention_backend`
 
     ValueError, in one line, for an argument that breaks the above."""
+    backend, _ = attention_backend(qkv.device.type, backend, dropout_p)
     use_triton = _use_triton(qkv, backend)
     if dropout_p > 0 and use_triton:
-        raise ValueError('varlen_attention: the Triton kernel has no dropout; set it to 0 or backend="reference"')
-    if qkv.is_cuda and not use_triton and slopes is None:
-        return _attention_padded(qkv, cu_seqlens, max_seqlen, dropout_p)
+        raise ValueError('varlen_attention: the Triton kernel has no dropout; backend "padded" has')
+    if backend == "padded":
+        return _attention_padded(qkv, cu_seqlens, max_seqlen, slopes, dropout_p)
     if dropout_p > 0 and seed is None:
         seed = torch.randint(2**62, (), dtype=torch.int64)
     out, _ = _attention(qkv, cu_seqlens, slopes, tiles, seed, max_seqlen, dropout_p, use_triton)

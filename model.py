@@ -24,7 +24,7 @@ import json
 import pickle
 import re
 import zlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -38,6 +38,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import (
     alibi_slopes,
+    attention_backend,
     gather_rows,
     geglu,
     keep_mask,
@@ -66,17 +67,22 @@ class EncoderConfig:
     low_precision_norm: bool = True  # LayerNorm in the autocast dtype instead of fp32
     bias: bool = True  # in the linear layers; geglu's first has none in either case, as upstream
     embedding_dropout: float = 0.1
-    attention_dropout: float = 0.0  # on the attention probabilities; only the reference path has it
+    attention_dropout: float = 0.0  # on the attention weights; Triton has none, so "padded" runs
     output_dropout: float = 0.1  # after attention's output projection
     mlp_dropout: float = 0.1  # geglu: before the last projection (MosaicBERT); gelu: after it (BERT)
     classifier_dropout: float = 0.1  # before the classifiers of fine-tuning
-    attention: Literal["auto", "triton", "reference"] = "auto"  # auto: by device, see kernels.py
+    # auto: Triton on CUDA (padded with attention_dropout), cpu elsewhere
+    attention: Literal["auto", "triton", "cpu", "padded"] = "auto"
     masked_only_last_layer: bool = True  # last layer's projection and feed-forward on the rows asked for
     vocab_multiple: int = 64  # pad the embedding to a multiple of this
     tie_head: bool = True  # the MLM decoder is the transposed embedding
     activation_checkpointing: bool = False  # recompute each layer in the backward: less memory, 1/3 more FLOPs
     n_token_types: int = 2
     norm_eps: float = 1e-12
+
+    def __post_init__(self):
+        if self.attention == "reference":  # config.json of runs up to revision 660131b
+            self.attention = "auto" if self.attention_dropout else "cpu"
 
     def check(self) -> None:
         """Refuse what cannot work: ValueError with one sentence. Every model calls this first."""
@@ -92,10 +98,10 @@ class EncoderConfig:
             allowed = getattr(field.type, "__args__", None)
             if allowed and value not in allowed:
                 raise ValueError(f"{field.name} is {value!r}; choose from {', '.join(allowed)}")
-        if self.attention_dropout and self.attention != "reference":
+        if self.attention_dropout and self.attention == "triton":
             raise ValueError(
-                f"attention_dropout {self.attention_dropout} needs attention='reference' "
-                "(--model.attention reference): flash attention keeps no probabilities to drop"
+                f"attention_dropout {self.attention_dropout} does not go with attention='triton', "
+                "which keeps no weights to drop: leave it at auto"
             )
         if self.position == "learned" and self.max_positions < 1:
             raise ValueError(f"max_positions is {self.max_positions}; learned positions need at least 1")
@@ -115,8 +121,8 @@ NOT_IN_THE_WEIGHTS = {
     "embedding_dropout", "attention_dropout", "output_dropout", "mlp_dropout", "classifier_dropout", "attention",
     "low_precision_norm", "masked_only_last_layer", "activation_checkpointing",
 }  # fmt: skip
-MOSAIC = dict(position="alibi", mlp="geglu", attention_dropout=0.0, low_precision_norm=True, attention="auto")
-BERT = dict(position="learned", mlp="gelu", attention_dropout=0.1, low_precision_norm=False, attention="reference")
+MOSAIC = dict(position="alibi", mlp="geglu", attention_dropout=0.0, low_precision_norm=True)
+BERT = dict(position="learned", mlp="gelu", attention_dropout=0.1, low_precision_norm=False)
 BASE = dict(n_layers=12, n_heads=12, d_model=768, d_ff=3_072)
 LARGE = dict(n_layers=24, n_heads=16, d_model=1_024, d_ff=4_096)
 # For CPUs. Short runs never see a document often enough to overfit, so hidden dropout is off.
@@ -224,7 +230,7 @@ class Attention(nn.Module):
     def __init__(self, cfg: EncoderConfig):
         super().__init__()
         self.n_heads = cfg.n_heads
-        self.backend = cfg.attention
+        self.asked = cfg.attention, cfg.attention_dropout
         # MosaicBERT: none. It would have to be drawn inside the flash kernel, and "often slows things down"
         self.dropout = cfg.attention_dropout
         self.qkv = nn.Linear(cfg.d_model, 3 * cfg.d_model, bias=cfg.bias)
@@ -238,7 +244,8 @@ class Attention(nn.Module):
         # the seed makes the backward draw the forward's mask again instead of keeping it
         seed = torch.randint(2**62, (), dtype=torch.int64) if dropout else None
         slopes = None if self.slopes is None else self.slopes.float()
-        how = dict(tiles=tiles, dropout_p=dropout, seed=seed, backend=self.backend)
+        backend, _ = attention_backend(x.device.type, *self.asked)  # in evaluation that of training
+        how = dict(tiles=tiles, dropout_p=dropout, seed=seed, backend=backend)
         out = varlen_attention(qkv, cu_seqlens, max_seqlen, slopes, **how)  # (T, H, D)
         return out.view(T, d)
 
@@ -362,7 +369,7 @@ class Pretrained(nn.Module):
             n_labels = None if stored is None else len(stored)
         elif stored is not None and len(stored) != n_labels:  # a classifier for other classes is of no use
             weights = {k: v for k, v in weights.items() if not k.startswith("classifier.")}
-        cfg = EncoderConfig(**{**kwargs, **overrides})
+        cfg = replace(EncoderConfig(**kwargs), **overrides)
         model = cls(cfg, n_labels) if issubclass(cls, SequenceClassifier | TokenClassifier) else cls(cfg)
         _load_weights(model, weights, str(path_or_name))
         return model

@@ -337,13 +337,8 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     elif cfg.start_from:
         family = "bert" if cfg.model.position == "learned" else "mosaic"
     hardware = device_name(device)
-    if cfg.model.attention == "auto":
-        backend, reason = attention_backend(device.type)
-    else:
-        backend = cfg.model.attention
-        reason = "the kernels have no attention dropout" if cfg.model.attention_dropout else "asked for"
-        if gpus and backend == "reference" and cfg.model.position == "learned":
-            reason += "; without ALiBi it is PyTorch's own on a padded batch"
+    dropout = cfg.model.attention_dropout
+    backend, reason = attention_backend(device.type, cfg.model.attention, dropout)
     identity = dict(
         run=run.name, family=family, preset=preset, device=hardware, world_size=world, revision=git_revision()
     )

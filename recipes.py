@@ -128,7 +128,8 @@ def known_settings(settings: dict) -> dict:
     """Settings of a config.json with the default for each that did not exist yet: a new switch that is off by default
     leaves earlier runs what they were."""
     defaults = json.loads(json.dumps(asdict(TrainConfig())))  # lists for tuples, as in the file
-    return defaults | settings | {"model": defaults["model"] | settings["model"]}
+    model = asdict(EncoderConfig(**defaults["model"] | settings["model"]))  # renamed values too
+    return defaults | settings | {"model": model}
 
 
 def run_config(run: Path) -> tuple[str, TrainConfig]:

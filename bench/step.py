@@ -141,7 +141,6 @@ def ours(cfg: Config, family: str, size: str, seq_len: int, compiled: bool, sour
     attention_dropout = cfg.dropout if family == "bert" else 0.0
     shape = replace(
         recipe.model, vocab_size=tokenizer.vocab_size, attention_dropout=attention_dropout, **dropouts,
-        attention="reference" if attention_dropout else "auto",
     )  # fmt: skip
     recipe = replace(recipe, model=shape, optimizer="adamw", micro_tokens=cfg.micro_tokens or recipe.micro_tokens)
     shape.check()
@@ -149,7 +148,7 @@ def ours(cfg: Config, family: str, size: str, seq_len: int, compiled: bool, sour
     forward = torch.compile(model) if compiled else model
     batches = Batches([corpus], tokenizer, seq_len, recipe.micro_tokens, "first", recipe.seed)
     rate = masking_rate(recipe.masking, 0.0)
-    triton = shape.attention == "auto" and attention_backend(device.type)[0] == "triton"
+    triton = attention_backend(device.type, shape.attention, attention_dropout)[0] == "triton"
 
     def inputs(m, built):
         batch, tiles = built

@@ -34,7 +34,7 @@ from kernels import (
 
 ROOT = Path(__file__).parents[1]
 TRITON = kernels.INTERPRET
-BACKEND = "triton" if TRITON else "reference"
+BACKEND = "triton" if TRITON else "cpu"
 triton_only = pytest.mark.skipif(
     not TRITON, reason="a claim about the Triton kernels: runs in the interpreter's process"
 )
@@ -335,20 +335,19 @@ def test_gather_and_scatter_move_rows_and_their_gradients(shape, dtype):
     assert torch.equal(grad[kept], x[index[kept]]) and (grad[~kept] == 0).all()
 
 
+@pytest.mark.parametrize("slopes", [None, alibi_slopes(2)], ids=["no ALiBi", "ALiBi"])
 @pytest.mark.parametrize("lengths", [[5], [3, 9, 1, 7], [4, 0, 6]])
-def test_the_padded_attention_of_bert_on_a_gpu_is_the_reference(lengths):
-    """Its device-independent arithmetic, on a CPU: with rows behind the last document and with a longer bound."""
+def test_the_padded_attention_is_the_cpus(lengths, slopes):
+    """Its device-independent arithmetic: with rows behind the last document and a longer bound."""
     T, S = sum(lengths) + 3, max(lengths) + 2
-    cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    qkv = torch.randn(T, 3, 2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    results = []
-    for attention in (kernels.varlen_attention, lambda x, cu, S: kernels._attention_padded(x, cu, S, 0.0)):
-        x = qkv.clone().requires_grad_()
-        out = attention(x, cu, S)
-        out[: sum(lengths)].square().sum().backward()
-        results.append((out.detach(), x.grad))
-    torch.testing.assert_close(*results)
-    assert not results[1][0][sum(lengths) :].any() and not results[1][1][sum(lengths) :].any()
+    qkv, dout = draw([T], 2, 16, torch.float64)
+    dout[sum(lengths) :] = 0
+    attention = lambda backend: with_grad(
+        lambda x: varlen_attention(x, offsets(lengths), S, slopes, backend=backend), qkv, dout=dout
+    )
+    padded = attention("padded")
+    torch.testing.assert_close(padded, attention("cpu"))
+    assert not padded[0][sum(lengths) :].any() and not padded[1][sum(lengths) :].any()
 
 
 def test_the_padded_attention_of_bert_on_a_gpu_drops_weights_and_keeps_their_mean():
@@ -357,7 +356,7 @@ def test_the_padded_attention_of_bert_on_a_gpu_drops_weights_and_keeps_their_mea
     qkv = torch.zeros(T, 3, 2, 16)
     qkv[:, 2] = 1.0
     torch.manual_seed(0)
-    out = torch.stack([kernels._attention_padded(qkv, cu, 56, 0.1) for _ in range(50)])
+    out = torch.stack([kernels._attention_padded(qkv, cu, 56, None, 0.1) for _ in range(50)])
     assert out.mean().item() == pytest.approx(1.0, abs=5e-3)
     for n, part in zip(lengths, out.split(lengths, dim=1)):  # a mean of n weights, each kept with p 0.9 and / 0.9
         assert part.std().item() == pytest.approx((0.1 / 0.9 / n) ** 0.5, rel=0.1)
@@ -615,7 +614,7 @@ def test_the_triton_kernels_in_the_interpreter():
 @pytest.mark.parametrize(
     ("stub", "expected"),
     [
-        ("sys.modules['triton'] = None", "('reference', 'triton is not installed"),
+        ("sys.modules['triton'] = None", "('padded', 'triton is not installed"),
         ("import triton; triton.__version__ = '3.5.1'", "kernels.py needs triton >= 3.6, found 3.5.1"),
     ],
 )

@@ -214,7 +214,7 @@ def test_bert_classifier_matches_transformers_with_every_gradient(tmp_path):
 
 @pytest.mark.parametrize("position", ["alibi", "learned"])
 def test_flat_equals_padded(position):
-    model = MaskedLM(small(position=position, attention="reference")).eval()
+    model = MaskedLM(small(position=position)).eval()
     ids, cu, S = flat_batch()
     padded, mask = padded_batch()
     flat_logits = model(ids, cu_seqlens=cu, max_seqlen=S)
@@ -231,7 +231,7 @@ def test_a_document_does_not_see_its_neighbours():
 
 
 def test_left_padding_equals_right_padding():
-    model = Encoder(small(position="learned", attention="reference")).eval()
+    model = Encoder(small(position="learned")).eval()
     ids, mask = padded_batch()
     left_ids, left_mask = ids.clone(), mask.clone()
     for b, n in enumerate(LENGTHS):
@@ -295,7 +295,7 @@ def test_trained_at_128_runs_at_8192():
     with torch.no_grad():
         assert torch.isfinite(model.flat(ids, cu, S)).all()
     with pytest.raises(ValueError, match="learned positions"):
-        Encoder(small(position="learned", attention="reference", max_positions=128)).flat(ids, cu, S)
+        Encoder(small(position="learned", max_positions=128)).flat(ids, cu, S)
 
 
 @pytest.mark.parametrize("mode", ["fp32", "autocast", "bf16"])
@@ -409,7 +409,7 @@ def test_norm_switch():
 
 @torch.no_grad()
 def test_pre_norm_is_torchs():
-    cfg = small(norm="pre", mlp="gelu", position="learned", attention="reference", max_positions=12)
+    cfg = small(norm="pre", mlp="gelu", position="learned", max_positions=12)
     model = randomize(Encoder(cfg)).eval()
     names = {
         "self_attn.in_proj_": "attention.qkv.",
@@ -456,10 +456,10 @@ def test_bias_switch():
 
 @pytest.mark.parametrize("place", ["embedding_dropout", "output_dropout", "mlp_dropout", "attention_dropout"])
 def test_dropout_switch(place):
-    changes = {**NO_DROPOUT, "attention": "reference"}
-    torch.testing.assert_close(output(train=True, **changes), output(train=False, **changes))
-    assert (output(train=True, **{**changes, place: 0.4}) - output(train=False, **changes)).abs().max() > 1e-3
-    torch.testing.assert_close(output(train=False, **{**changes, place: 0.4}), output(train=False, **changes))
+    without, dropped = NO_DROPOUT, NO_DROPOUT | {place: 0.4}
+    torch.testing.assert_close(output(train=True, **without), output(train=False, **without))
+    assert (output(train=True, **dropped) - output(train=False, **without)).abs().max() > 1e-3
+    torch.testing.assert_close(output(train=False, **dropped), output(train=False, **without))
 
 
 def test_mlp_dropout_sits_where_upstream_has_it():
@@ -481,8 +481,14 @@ def test_classifier_dropout_switch():
         assert torch.equal(a, b) is same
 
 
+@pytest.mark.parametrize(("dropout", "now"), [(0.1, "auto"), (0.0, "cpu")])
+def test_attention_of_a_config_of_an_earlier_run_is_renamed(dropout, now):
+    assert EncoderConfig(attention="reference", attention_dropout=dropout).attention == now
+
+
 def test_attention_backend_switch():
-    torch.testing.assert_close(output(attention="auto"), output(attention="reference"))
+    for attention in ("cpu", "padded"):
+        torch.testing.assert_close(output(attention="auto"), output(attention=attention))
     with pytest.raises((ValueError, RuntimeError), match=r"(?i)triton"):
         output(attention="triton")  # on a CPU
 
@@ -523,7 +529,7 @@ def test_token_types_and_eps_switches():
     ("changes", "sentence"),
     [
         (dict(d_model=33), "not a multiple of n_heads"),
-        (dict(attention_dropout=0.1), "needs attention='reference'"),
+        (dict(attention_dropout=0.1, attention="triton"), "leave it at auto"),
         (dict(mlp="swiglu"), "choose from geglu, gelu"),
         (dict(mlp_dropout=1.0), "must be in"),
         (dict(n_layers=0), "at least 1"),

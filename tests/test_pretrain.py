@@ -374,7 +374,7 @@ def test_a_run_learns_logs_and_leaves_checkpoints_others_can_read(corpus_dir, tm
     done = subprocess.run([sys.executable, *argv], **shell)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "mosaic-tiny"
-    assert "attention: reference" in done.stdout and "1 × cpu" in done.stdout
+    assert "attention: cpu" in done.stdout and "1 × cpu" in done.stdout
     corpus = Corpus(corpus_dir, "train")
     n_windows = sum(math.ceil(n / 30) for n in corpus.lengths)  # 30 tokens of text in each
     an_epoch = corpus.n_tokens + 2 * n_windows
@@ -417,7 +417,7 @@ def test_a_run_learns_logs_and_leaves_checkpoints_others_can_read(corpus_dir, tm
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_optimizers_hold_every_parameter_once_with_the_settings_given(kind):
     cfg = TrainConfig(optimizer=kind, lr=3e-4, muon_lr=7e-3, betas=(0.8, 0.7), eps=1e-5, weight_decay=0.3)
-    shape = dict(vocab_size=64, n_layers=2, n_heads=2, d_model=16, d_ff=16, position="learned", attention="reference")
+    shape = dict(vocab_size=64, n_layers=2, n_heads=2, d_model=16, d_ff=16, position="learned")
     model = MaskedLM(EncoderConfig(**shape))
     names = {id(p): name for name, p in model.named_parameters()}
     groups = [g for o, _ in pretrain.make_optimizers(cfg, model, CPU) for g in o.param_groups]
@@ -1409,7 +1409,7 @@ def test_no_step_waits_for_the_gpu(corpus_dir, tmp_path, monkeypatch, here, reci
         ("mosaic-tiny", "--data no/such/folder", "no/such/folder"),
         ("mosaic-tiny", "--data no/such/folder:0.5", "error: no/such/folder holds"),
         ("mosaic-tiny", "--data=", "holds no meta.json"),
-        ("mosaic-tiny", "--model.attention_dropout 0.1", "attention='reference'"),
+        ("mosaic-tiny", "--model.attention triton --model.attention_dropout .1", "leave it at auto"),
         ("mosaic-tiny", "--ramp_from 4096", "needs both --ramp_from and --ramp_tokens"),
         ("mosaic-tiny", "--ramp_tokens 4096", "needs both --ramp_from and --ramp_tokens"),
         ("mosaic-tiny", "--ramp_tokens 9 --ramp_from 2048", "--ramp_from 2048 must be a multiple of --micro_tokens"),
