@@ -17,7 +17,7 @@ import torch
 import tyro
 
 from corpus.tokenizer import Tokenizer
-from flags import read_command_line
+from machine import read_command_line
 from model import MaskedLM, find_folder
 
 

@@ -42,11 +42,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from corpus.tokenizer import Tokenizer
-from flags import read_command_line
 from glue import tasks as glue
 from glue.tasks import Data, Recipe, Split, Task
 from kernels import attention_backend
-from machine import device_name, git_revision, pick_device, pick_dtype
+from machine import device_name, git_revision, pick_device, pick_dtype, read_command_line
 from model import SequenceClassifier, find_checkpoints, weights_checksum
 
 # ----------------------------------------------------------------------------- config

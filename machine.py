@@ -1,6 +1,12 @@
-"""What this machine has and what it is running: device, fast dtype, peak speed, git revision; a benchmark's report."""
+"""What a script runs on and how it is called: device, dtype, speed, git revision, command lines.
 
-import json
+    cfg = read_command_line(Config)    # fields of a dataclass as flags; --help shows their comments
+
+torch and tyro are imported where they are needed: scripts that use neither start at once.
+"""
+
+from __future__ import annotations
+
 import os
 import platform
 import re
@@ -8,25 +14,35 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
+from records import to_json, write_atomically
 
-from kernels import TRITON_VERSION
+if TYPE_CHECKING:
+    import torch
 
-PEAK_BF16_TFLOPS = {  # dense, from the data sheets; part of the GPU's name (the first that fits) -> its peak
-    "H200 NVL": 835.5,
-    "H200": 989.4,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.4,
-    "A100": 312.0,
-    "GB200": 2500.0,
-    "B200": 2250.0,
-    "L40S": 362.0,
-    "RTX 4090": 165.2,
+T = TypeVar("T")
+
+PEAK_BF16_TFLOPS = {  # dense, from the data sheets; part of the GPU's name (the first that fits)
+    "H200 NVL": 835.5, "H200": 989.4, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.4,
+    "A100": 312.0, "GB200": 2500.0, "B200": 2250.0, "L40S": 362.0, "RTX 4090": 165.2,
     "RTX 3090": 71.0,
 }
+
+
+def read_command_line(config: type[T], args: Sequence[str] | None = None, prog: str | None = None,
+                      about: str = "", positional: bool = False) -> T:
+    """A `config` from the command line `args`, default sys.argv[1:]. What does not fit is said by
+    tyro, with what was perhaps meant; exit code 2. `prog`: name of the script in --help; `about`:
+    what --help says above the flags; `positional`: required fields are given without --name."""
+    import tyro
+
+    # a switch has one flag: --no_x where x is on by default, else --x
+    options = [tyro.conf.FlagCreatePairsOff] + [tyro.conf.PositionalRequiredArgs] * positional
+    return tyro.cli(config, args=args, prog=prog, description=about or config.__doc__,
+                    use_underscores=True, config=options)
 
 
 def peak_tflops(gpu: str) -> float | None:
@@ -35,14 +51,16 @@ def peak_tflops(gpu: str) -> float | None:
 
 
 def pick_device(kind: str, local_rank: int = 0) -> torch.device:
-    """The device called `kind`; "auto": the best there is. Ranks take the GPUs in turn. ValueError if it is missing."""
+    """The device called `kind`; "auto": the best there is. Ranks take the GPUs in turn.
+    ValueError if it is missing."""
+    import torch
+
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps: torch sees no MPS device")
-    if kind == "cpu":  # a step needs some 60 compiled matmuls, most batches new ones; oneDNN's 1,024 fill 3 GB
+        kind = "cuda" if has_cuda else "mps" if has_mps else "cpu"
+    if not {"cuda": has_cuda, "mps": has_mps, "cpu": True}[kind]:
+        raise ValueError(f"--device {kind}: torch sees no {kind.upper()} device")
+    if kind == "cpu":  # most batches need new compiled matmuls; the 1,024 that oneDNN keeps take 3 GB
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     if kind == "cuda":
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
@@ -51,17 +69,21 @@ def pick_device(kind: str, local_rank: int = 0) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype called `name`; "auto": bf16 where the hardware multiplies it (CUDA; CPUs with AMX or AVX512-BF16, where
-    it is about 6 times as fast), else fp32."""
+    """The dtype called `name`; "auto": bf16 where the hardware multiplies it (CUDA; CPUs with AMX
+    or AVX512-BF16, where it is about 6 times as fast), else fp32."""
+    import torch
+
     if name != "auto":
         return getattr(torch, name)
-    fast_cpu = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-    return torch.bfloat16 if device.type == "cuda" or fast_cpu else torch.float32
+    fast = device.type == "cuda" or (device.type == "cpu" and (
+        torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()))
+    return torch.bfloat16 if fast else torch.float32
 
 
 def git_revision() -> str:
     """Short hash of the checkout, with "+" when files are changed; "unknown" outside git."""
-    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    git = ["git", "-C", str(Path(__file__).parent)]
+    describe = [*git, "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -70,7 +92,11 @@ def git_revision() -> str:
 
 def device_name(device: torch.device) -> str:
     """The GPU's name, else the device's type: what a run says it ran on."""
-    return torch.cuda.get_device_name(device).removeprefix("NVIDIA ") if device.type == "cuda" else device.type
+    if device.type != "cuda":
+        return device.type
+    import torch
+
+    return torch.cuda.get_device_name(device).removeprefix("NVIDIA ")
 
 
 def hardware_name(device: torch.device) -> str:
@@ -83,30 +109,28 @@ def hardware_name(device: torch.device) -> str:
 
 
 def failure(error: Exception) -> str:
-    """What a failed contender is listed with: the kind of the error and its first line, cut at 200 characters."""
+    """Kind of the error and its first line, cut at 200 characters: what a failed contender of a
+    benchmark is listed with."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def write_report(mode: str, body: dict, device: torch.device, out: str = "") -> Path:
-    """Write `body` under a header (device, versions, revision, command, time) as JSON, whole or not at all; where to:
-    `out`, or results/<mode>-<device>.json. Returns the path. Each bench_<mode>.py's run(cfg) calls it at its end, or
-    whenever a part is done: print(f"wrote {write_report('step', body, device, cfg.out)}"). SystemExit, one line, if it
-    cannot be written."""
-    header = {
-        "device": hardware_name(device),
-        "torch": torch.__version__,
-        "triton": TRITON_VERSION,
-        "revision": git_revision(),
-        "command": shlex.join(["python", *sys.argv]),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-    slug = re.sub(r"[^a-z0-9]+", "-", header["device"].lower()).strip("-")
+    """Write a benchmark's `body` under a header (device, versions, revision, command, time) to
+    `out` or results/<mode>-<device>.json; returns the path. SystemExit, one line, if that fails."""
+    import torch
+
+    from kernels import TRITON_VERSION
+
+    name = hardware_name(device)
+    header = {"device": name, "torch": torch.__version__, "triton": TRITON_VERSION,
+              "revision": git_revision(), "command": shlex.join(["python", *sys.argv]),
+              "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     path = Path(out or Path(__file__).parent / "results" / f"{mode}-{slug}.json")
-    partial = path.with_name(path.name + ".partial")
+    report = to_json(header | body)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(header | body, indent=1) + "\n")
-        partial.replace(path)
+        write_atomically(path, report)
     except OSError as error:
         raise SystemExit(f"error: the report cannot be written: {error}") from None
     return path

@@ -35,7 +35,6 @@ import numpy as np
 import tyro
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from flags import OPTIONS, one_line_refusals
 from records import BUDGETS, PUBLISHED, Run, expand, listed, load, note, read_reports, read_sweep
 
 # Okabe & Ito's colour-blind-safe palette without its yellow (pale on white) and its black (the frontier's);
@@ -654,7 +653,7 @@ def glue(runs: Runs, out: Out = "plots/glue.png", baseline: str = "") -> None:
 if __name__ == "__main__":
     figures = {figure.__name__: figure for figure in (pareto, loss, masking, throughput, kernels, ablation, glue)}
     try:
-        with one_line_refusals():
-            tyro.extras.subcommand_cli_from_dict(figures, description=__doc__, **OPTIONS)
+        tyro.extras.subcommand_cli_from_dict(
+            figures, description=__doc__, use_underscores=True, config=[tyro.conf.FlagCreatePairsOff])
     except OSError as e:  # a file that cannot be read or written
         raise SystemExit(f"error: {e.filename}: {e.strerror}") from None

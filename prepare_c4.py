@@ -445,7 +445,7 @@ def summarize(cfg: Config, meta: dict, seconds: float) -> None:
 
 
 def main() -> None:
-    from flags import read_command_line  # not needed by the workers, which import this file
+    from machine import read_command_line  # not needed by the workers, which import this file
 
     try:
         prepare(read_command_line(Config, about=__doc__, positional=True))

@@ -45,7 +45,6 @@ from tqdm import tqdm
 from batches import Batch, Batches, count_masked, mask_tokens, one_mask_each
 from corpus.shards import Corpus
 from corpus.tokenizer import Tokenizer
-from flags import one_line_refusals
 from kernels import attention_backend, attention_tiles
 from machine import device_name, git_revision, peak_tflops, pick_device, pick_dtype
 from model import (
@@ -663,8 +662,7 @@ def main() -> None:
         name = f"{stem.parents[1].name}-cooldown-{int(stem.name[5:])}"
         inherited = replace(stem_cfg, data=(), start_from="", name=name)
         presets = {preset: (presets[preset][0], inherited)}
-    with one_line_refusals():
-        cfg = tyro.extras.overridable_config_cli(presets, description=__doc__, use_underscores=True)
+    cfg = tyro.extras.overridable_config_cli(presets, description=__doc__, use_underscores=True)
     if stem:
         cfg.cooldown_from, cfg.data = str(stem), cfg.data or stem_cfg.data
         if (cfg.model, cfg.optimizer) != (stem_cfg.model, stem_cfg.optimizer):

@@ -32,7 +32,7 @@ import prepare_c4
 from corpus import sources
 from corpus.shards import Corpus
 from corpus.tokenizer import Tokenizer
-from flags import read_command_line
+from machine import read_command_line, write_report
 from records import BadInput
 
 C4_DOCUMENTS, C4_BYTES = 365e6, 800e9  # the train split of C4 "en": documents, bytes of text
@@ -241,8 +241,6 @@ def run(cfg: Config) -> None:
     if cfg.repeats < 1:
         raise SystemExit(f"error: --repeats {cfg.repeats}: give at least 1")
     import torch
-
-    from machine import write_report
 
     with tempfile.TemporaryDirectory() as folder:
         try:

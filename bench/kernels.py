@@ -19,8 +19,7 @@ import torch._functorch.config
 import torch.nn.functional as F
 
 import kernels
-from flags import read_command_line
-from machine import failure, write_report
+from machine import failure, read_command_line, write_report
 
 # Tokens per document at each 5 % of C4's length distribution, without [CLS] and [SEP]: the first 3,000 documents of its
 # train split under a vocabulary of 30,528, mean 472. The tail: 2 % of the documents hold a fifth of the tokens.

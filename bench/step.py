@@ -30,9 +30,17 @@ from batches import Batch, Batches, count_masked, mask_tokens
 from bench.kernels import C4_QUANTILES
 from corpus.shards import Corpus
 from corpus.tokenizer import SPECIALS, Tokenizer
-from flags import read_command_line
 from kernels import attention_backend
-from machine import device_name, failure, hardware_name, peak_tflops, pick_device, pick_dtype, write_report
+from machine import (
+    device_name,
+    failure,
+    hardware_name,
+    peak_tflops,
+    pick_device,
+    pick_dtype,
+    read_command_line,
+    write_report,
+)
 from model import MaskedLM, flops_per_token
 from pretrain import build, make_optimizers, model_inputs
 from recipes import make_presets, masking_rate

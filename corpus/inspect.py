@@ -13,7 +13,7 @@ import tiktoken
 
 from corpus.shards import Corpus
 from corpus.tokenizer import Tokenizer
-from flags import read_command_line
+from machine import read_command_line
 from records import BadInput
 
 CACHED = {  # vocabularies the fertility is compared with where a cache has them: name -> repositories of the hub

@@ -34,7 +34,7 @@ from tokenizers import decoders, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
 from corpus.tokenizer import BYTE_CHARS, SPECIALS, Tokenizer
-from flags import read_command_line
+from machine import read_command_line
 from model import MaskedLM, Pretrained, SequenceClassifier, TokenClassifier, find_folder
 from recipes import run_config
 from records import read_json, read_jsonl

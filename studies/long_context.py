@@ -31,8 +31,7 @@ from torch import Tensor
 from batches import Batch, mask_tokens
 from corpus.shards import Corpus
 from corpus.tokenizer import Tokenizer
-from flags import read_command_line
-from machine import device_name, git_revision, pick_device, pick_dtype
+from machine import device_name, git_revision, pick_device, pick_dtype, read_command_line
 from model import MaskedLM, find_folder
 from records import read_json, to_json, write_atomically
 

@@ -37,9 +37,15 @@ from typing import IO, Annotated, Literal
 import tyro
 
 import finetune_glue
-from flags import one_line_refusals, read_command_line
-from machine import hardware_name, pick_device
-from recipes import FREE_TO_CHANGE, TrainConfig, check_config, known_settings, make_presets, mean_masking_rate
+from machine import hardware_name, pick_device, read_command_line
+from recipes import (
+    FREE_TO_CHANGE,
+    TrainConfig,
+    check_config,
+    known_settings,
+    make_presets,
+    mean_masking_rate,
+)
 from records import read_jsonl, to_json, write_atomically
 from sweep.leaderboard import leaderboard, short
 
@@ -168,8 +174,7 @@ def make_arms(cfg: Config) -> list[Arm]:
             if not cfg.no_stem:
                 settings = {"schedule": ["--schedule", "wsd"]} | settings
             words = [word for flag in settings.values() for word in flag]
-            with one_line_refusals():
-                config = tyro.extras.overridable_config_cli(presets, args=[preset, *words], use_underscores=True)
+            config = tyro.extras.overridable_config_cli(presets, args=[preset, *words], use_underscores=True)
             check_config(config, 1)
             stem = not cfg.no_stem and config.schedule == "wsd" and len(cfg.budgets) > 1
             if stem and (config.ramp_from or not config.cooldown):

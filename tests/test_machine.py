@@ -1,0 +1,46 @@
+"""machine.py: command lines as every script reads them."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tyro
+
+from machine import read_command_line
+
+
+@dataclass
+class Config:
+    run: tyro.conf.Positional[str]  # a folder
+    lr: float = 1.0  # peak
+    quick: bool = False
+    careful: bool = True
+
+
+def test_fields_are_read_with_underscores_and_switches_only_from_their_default():
+    args = ["x", "--lr", "2", "--quick", "--no_careful"]
+    assert read_command_line(Config, args) == Config("x", 2.0, True, False)
+    assert read_command_line(Config, ["x"]) == Config("x")
+
+
+@pytest.mark.parametrize(("args", "says"), [
+    (["x", "--lrr", "3"], ("--lrr", "--lr ")),
+    (["x", "--lr", "high"], ("--lr", "'high'")),
+    ([], ("a folder",)),
+    (["x", "--no_quick"], ("--no_quick", "--quick")),
+])
+def test_a_wrong_flag_is_named_with_what_was_meant(args, says, capsys):
+    with pytest.raises(SystemExit) as e:
+        read_command_line(Config, args, "script.py")
+    printed = capsys.readouterr()
+    assert e.value.code == 2 and not printed.out
+    assert all(words in printed.err for words in says)
+
+
+@pytest.mark.parametrize("script", ["pretrain.py bert-tiny", "plots.py loss runs"])
+def test_scripts_that_read_their_command_line_themselves_refuse_so_too(script):
+    words = [sys.executable, *script.split(), "--no_such_flag"]
+    ended = subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert ended.returncode == 2 and not ended.stdout and "--no_such_flag" in ended.stderr
