@@ -20,6 +20,7 @@ Numbers in the comments are instruction and register counts of this file's own s
 with an H200's 788 TFLOP/s and 4.3 TB/s. Nothing here has been timed yet; `python -m bench.kernels` does that.
 """
 
+import functools
 import math
 import os
 
@@ -101,15 +102,44 @@ def _check_dtype(name: str, x: Tensor, use_triton: bool) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def alibi_slopes(n_heads: int) -> Tensor:
-    """The ALiBi slope of each head, (n_heads,) float32: 2^(-8(h+1)/n) where n is a power of two; else the slopes of
-    the power of two below, then every other slope of the one above (Press et al. 2022; MosaicBERT's order)."""
+def alibi_slopes(n_heads: int, ratio: float = 1.0) -> Tensor:
+    """ALiBi's slopes of each head, (n_heads, 2) float32: for keys to the left and to the right.
+
+    s = 2^(-8(h+1)/n) where n is a power of two; else the slopes of the power of two below, then
+    every other one of the power of two above (Press et al. 2022; MosaicBERT's order). With a ratio
+    other than 1 even heads have (s, ratio * s), odd heads (ratio * s, s): then left and right differ
+    (forms for encoders: ofirpress/attention_with_linear_biases, issue 5)."""
     if n_heads < 1:
         raise ValueError(f"alibi_slopes: n_heads must be at least 1, got {n_heads}")
     n = 2 ** int(math.log2(n_heads))
     slopes = [2.0 ** (-8 * (h + 1) / n) for h in range(n)]
     slopes += [2.0 ** (-4 * (h + 1) / n) for h in range(2 * n)][0::2][: n_heads - n]
-    return torch.tensor(slopes, dtype=torch.float32)
+    pairs = [(s, ratio * s) if h % 2 == 0 else (ratio * s, s) for h, s in enumerate(slopes)]
+    return torch.tensor(pairs, dtype=torch.float32)
+
+
+def alibi_bias(slopes: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """What ALiBi adds to the scores of queries at i (n,) and keys at j (m,): (H, n, m)."""
+    ahead = j - i[:, None]
+    slope = torch.where(ahead <= 0, slopes[:, 0, None, None], slopes[:, 1, None, None])
+    return -slope * ahead.abs()
+
+
+def rope_table(n: int, D: int, base: float, device=None, dtype=torch.float32) -> Tensor:
+    """RoPE's rotations (Su et al. 2021) of positions 0 to n - 1, (n, D/2) complex: columns 2d and
+    2d + 1 of a query or key at position m turn by the angle m * base^(-2d/D)."""
+    frequency = base ** (torch.arange(0, D, 2, device=device, dtype=torch.float64) / -D)
+    angle = torch.arange(n, device=device)[:, None] * frequency
+    return torch.polar(torch.ones_like(angle), angle).to(torch.promote_types(dtype, torch.complex64))
+
+
+_kept_rope_table = functools.lru_cache(maxsize=16)(rope_table)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """x (..., n, D) with its pairs of columns turned by `table` (n, D/2), its conjugate turns back."""
+    x = torch.view_as_complex(_wide(x).unflatten(-1, (-1, 2))) * table
+    return torch.view_as_real(x).flatten(-2)
 
 
 # The largest score tensor the reference holds, in elements: 2^21 fp32 = 8 MB stay in a CPU's cache; a GPU takes 1 GB,
@@ -164,8 +194,7 @@ def _group_scores(q, k, slopes, valid, i0):
     scores = _wide(q @ k.transpose(-1, -2)).mul_(q.shape[-1] ** -0.5)
     if slopes is not None:
         i = torch.arange(i0, i0 + q.shape[2], device=q.device)
-        distance = (i[:, None] - torch.arange(k.shape[2], device=q.device)).abs_()
-        scores -= slopes[:, None, None].to(scores.dtype) * distance
+        scores += alibi_bias(slopes.to(scores.dtype), i, torch.arange(k.shape[2], device=q.device))
     if valid is not None:
         scores.masked_fill_(~valid[:, None, None, :], -math.inf)
     return scores
@@ -207,16 +236,19 @@ def _generator(seed: Tensor | None, dropout_p: float, device: torch.device) -> t
     return torch.Generator(device).manual_seed(int(seed)) if dropout_p > 0 else None
 
 
-def _attention_reference(qkv, cu_seqlens, slopes, dropout_p, seed):
+def _attention_reference(qkv, cu_seqlens, slopes, rope_base, max_seqlen, dropout_p, seed):
     """The forward pass in plain PyTorch: (out (T, H, D), lse (H, T)), lse the log2 of each row's softmax sum."""
     T, _, H, D = qkv.shape
     dtype = _matmul_dtype(qkv.dtype)
+    table = _kept_rope_table(max_seqlen, D, rope_base, qkv.device, qkv.dtype) if rope_base else None
     out = qkv.new_zeros(T, H, D)
     lse = torch.zeros(T, H, 1, dtype=torch.promote_types(dtype, torch.float32), device=qkv.device)
     generator = _generator(seed, dropout_p, qkv.device)
     for rows, valid in _length_groups(cu_seqlens, H):
         (b, s), o, row_lse = rows.shape, [], []
         q, k, v = _split_heads(qkv, rows, dtype)  # (b, H, s, D) each
+        if table is not None:
+            q, k = (rotate(x, table[:s]).to(dtype) for x in (q, k))
         chunk = max(1, _score_budget(qkv.device) // (b * H * s))  # one long document is cut into blocks of queries
         for i0 in range(0, s, chunk):
             p = _group_scores(q[:, :, i0 : i0 + chunk], k, slopes, valid, i0)
@@ -232,16 +264,21 @@ def _attention_reference(qkv, cu_seqlens, slopes, dropout_p, seed):
     return out, lse.squeeze(-1).t().contiguous()
 
 
-def _attention_backward_reference(dout, qkv, out, lse, cu_seqlens, slopes, dropout_p, seed):
+def _attention_backward_reference(
+    dout, qkv, out, lse, cu_seqlens, slopes, rope_base, max_seqlen, dropout_p, seed
+):
     """The five matmuls of the backward pass: dqkv (T, 3, H, D). P is rebuilt from the scores and lse."""
     _, _, H, D = qkv.shape
     dtype = _matmul_dtype(qkv.dtype)
+    table = _kept_rope_table(max_seqlen, D, rope_base, qkv.device, qkv.dtype) if rope_base else None
     dqkv = torch.zeros_like(qkv, memory_format=torch.contiguous_format)
     lse = lse.t().unsqueeze(-1)
     generator = _generator(seed, dropout_p, qkv.device)
     for rows, valid in _length_groups(cu_seqlens, H):
         b, s = rows.shape
         q, k, v = _split_heads(qkv, rows, dtype)
+        if table is not None:
+            q, k = (rotate(x, table[:s]).to(dtype) for x in (q, k))
         do, o = _split_heads(dout, rows, dtype), _split_heads(out, rows, dtype)
         row_lse = _split_heads(lse, rows, lse.dtype) / LOG2E  # (b, H, s, 1)
         if valid is not None:
@@ -258,12 +295,15 @@ def _attention_backward_reference(dout, qkv, out, lse, cu_seqlens, slopes, dropo
             ds = (ds if mask is None else ds.mul_(mask)).sub_(delta[:, :, i]).mul_(p).to(dtype)
             dq[:, :, i] = ds @ k
             dk += ds.transpose(-1, -2) @ q[:, :, i]
+        if table is not None:
+            back = table[:s].conj_physical()  # a lazy conj() is lost in an op of a compiled graph
+            dq, dk = rotate(dq, back), rotate(dk, back)
         for j, grad in enumerate((dq.mul_(D**-0.5), dk.mul_(D**-0.5), dv)):
             _merge_heads_into(dqkv[:, j], grad, rows, valid)
     return dqkv
 
 
-def _attention_padded(qkv, cu_seqlens, max_seqlen, slopes, dropout_p):
+def _attention_padded(qkv, cu_seqlens, max_seqlen, slopes, rope_base, dropout_p):
     """Attention as one padded batch (B, max_seqlen) through PyTorch's own: out (T, H, D). For BERT
     on a GPU, whose dropout of the attention weights the Triton kernel does not have; it never waits
     for the host. Dropout follows torch's generator of the device."""
@@ -273,11 +313,13 @@ def _attention_padded(qkv, cu_seqlens, max_seqlen, slopes, dropout_p):
     place = torch.where(document < B, document * max_seqlen + row - cu[document], -1)
     padded = scatter_rows(qkv, place, B * max_seqlen).unflatten(0, (B, max_seqlen))
     q, k, v = padded.permute(2, 0, 3, 1, 4)  # (B, H, S, D) each
+    if rope_base:
+        table = rope_table(max_seqlen, q.shape[-1], rope_base, q.device, q.dtype)
+        q, k = rotate(q, table).to(q.dtype), rotate(k, table).to(k.dtype)
     i = torch.arange(max_seqlen, device=qkv.device)
     mask = (i < cu.diff()[:, None])[:, None, None]  # (B, 1, 1, S)
     if slopes is not None:
-        bias = -slopes.to(q.dtype)[:, None, None] * (i[:, None] - i).abs()  # (H, S, S)
-        mask = torch.where(mask, bias, -math.inf)  # (B, H, S, S)
+        mask = torch.where(mask, alibi_bias(slopes, i, i).to(q.dtype), -math.inf)  # (B, H, S, S)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
     return gather_rows(out.transpose(1, 2).flatten(0, 1), place)
 
@@ -346,6 +388,21 @@ def _locate(cu_seqlens, tiles, n_tiles, H: tl.constexpr, BLOCK: tl.constexpr, SP
 
 
 @triton.jit
+def _two_slopes(slopes, head):
+    """A head's slopes for keys to the left and to the right, in log2 units."""
+    left = tl.load(slopes + 2 * head) * 1.4426950408889634
+    return left, tl.load(slopes + 2 * head + 1) * 1.4426950408889634
+
+
+@triton.jit
+def _add_alibi(s, left, right, x):
+    """s - left x where x = i - j is positive, s + right x where it is negative: as mean |x| and half
+    the difference times x, two multiply-adds, and the bits of s - slope |x| where both are equal."""
+    s -= (left + right) * 0.5 * tl.abs(x).to(tl.float32)
+    return s - (left - right) * 0.5 * x.to(tl.float32)
+
+
+@triton.jit
 def _one_tile(
     qkv, slopes, first, head, n, stride, scale, ALIBI: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr,
@@ -357,8 +414,9 @@ def _one_tile(
     v = _load_rows(base + 2 * H * D, stride, n, BLOCK, D, DP, True, UP)
     s = tl.dot(q, tl.trans(k), input_precision=PREC) * scale
     if ALIBI:
+        left, right = _two_slopes(slopes, head)
         x = tl.arange(0, BLOCK).to(tl.float32)
-        s -= tl.load(slopes + head) * 1.4426950408889634 * tl.abs(x[:, None] - x[None, :])
+        s = _add_alibi(s, left, right, x[:, None] - x[None, :])
     return q, k, v, s
 
 
@@ -444,9 +502,9 @@ def _attn_fwd_loop(
     head, first, n, i0 = _locate(cu_seqlens, tiles, n_tiles, H, HELD, SPLIT)
     if i0 >= n:
         return
-    slope = 0.0
+    left, right = 0.0, 0.0
     if ALIBI:
-        slope = tl.load(slopes + head) * 1.4426950408889634
+        left, right = _two_slopes(slopes, head)
     base = qkv + first * stride + head * D
     q = _load_rows(base + stride.to(tl.int64) * i0, stride, n - i0, HELD, D, DP, True, UP)
     acc = tl.zeros([HELD, DP], tl.float32)
@@ -465,11 +523,13 @@ def _attn_fwd_loop(
             row_bias = tl.zeros([HELD], tl.float32)
             if SIDE == 0:
                 if ALIBI:
-                    s -= slope * tl.abs((i - j0).to(tl.float32)[:, None] - column.to(tl.float32)[None, :])
+                    x = (i - j0).to(tl.float32)[:, None] - column.to(tl.float32)[None, :]
+                    s = _add_alibi(s, left, right, x)
                 s = tl.where(column[None, :] < n - j0, s, float("-inf"))
             elif ALIBI:
-                s -= (SIDE * slope) * column.to(tl.float32)[None, :]
-                row_bias = (SIDE * slope) * (i - j0).to(tl.float32)
+                slope = right if SIDE == 1 else -left
+                s -= slope * column.to(tl.float32)[None, :]
+                row_bias = slope * (i - j0).to(tl.float32)
             m_new = tl.maximum(m, tl.max(s, 1) + row_bias)
             p = tl.exp2(s - (m_new - row_bias)[:, None])
             shrink = tl.exp2(m - m_new)
@@ -493,9 +553,11 @@ def _attn_bwd_loop(
     head, first, n, at = _locate(cu_seqlens, tiles, n_tiles, H, HELD, SPLIT)
     if at >= n:
         return
-    slope = 0.0
+    left, right = 0.0, 0.0
     if ALIBI:
-        slope = tl.load(slopes + head) * 1.4426950408889634
+        left, right = _two_slopes(slopes, head)
+        if KEYS:  # a query to the left sees the key on its right
+            left, right = right, left
     base = qkv + first * stride + head * D
     do_base = dout + (first * H + head) * D
     stat = head * n_tokens + first
@@ -536,14 +598,15 @@ def _attn_bwd_loop(
             else:
                 of_row, of_delta = row_lse[:, None], row_delta[:, None]
             if ALIBI:
+                slope = right if SIDE == 1 else -left
                 if SIDE == 0:  # in integers: the float form takes 18 registers more, and 255 are near
-                    s -= slope * tl.abs(i[:, None] - to - column[None, :]).to(tl.float32)
+                    s = _add_alibi(s, left, right, i[:, None] - to - column[None, :])
                 elif KEYS:
-                    s += (SIDE * slope) * (i - at).to(tl.float32)[:, None]
-                    of_row += (SIDE * slope) * (to - at + column).to(tl.float32)[None, :]
+                    s += slope * (i - at).to(tl.float32)[:, None]
+                    of_row += slope * (to - at + column).to(tl.float32)[None, :]
                 else:
-                    s -= (SIDE * slope) * column.to(tl.float32)[None, :]
-                    of_row -= (SIDE * slope) * (i - to).to(tl.float32)[:, None]
+                    s -= slope * column.to(tl.float32)[None, :]
+                    of_row -= slope * (i - to).to(tl.float32)[:, None]
             p = tl.exp2(s - of_row)
             if SIDE == 0 and not KEYS:
                 # p past the end must be 0 before it meets a zero key: exp2(0 - lse) can be inf, and inf * 0 is NaN.
@@ -692,8 +755,8 @@ def _check_attention(qkv, cu_seqlens, slopes, tiles, max_seqlen, use_triton):
         problem = f"head dimension {qkv.shape[3]} is not a multiple of 16 from 16 to 128"
     elif cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
         problem = f"cu_seqlens must be (B+1,) int32, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
-    elif slopes is not None and (slopes.shape != qkv.shape[2:3] or slopes.dtype != torch.float32):
-        problem = f"slopes must be ({qkv.shape[2]},) float32, got {tuple(slopes.shape)} {slopes.dtype}"
+    elif slopes is not None and (slopes.shape != (qkv.shape[2], 2) or slopes.dtype != torch.float32):
+        problem = f"slopes must be ({qkv.shape[2]}, 2) float32, got {tuple(slopes.shape)} {slopes.dtype}"
     elif tiles is not None and (tiles.dtype != torch.int32 or tiles.dim() != 2 or tiles.shape[1] != 2):
         problem = f"tiles must be (n, 2) int32 from attention_tiles, got {tuple(tiles.shape)} {tiles.dtype}"
     else:
@@ -717,16 +780,16 @@ def _check_attention(qkv, cu_seqlens, slopes, tiles, max_seqlen, use_triton):
 @torch.library.custom_op("nanomosaic::attention", mutates_args=())
 def _attention(
     qkv: Tensor, cu_seqlens: Tensor, slopes: Tensor | None, tiles: Tensor | None, seed: Tensor | None,
-    max_seqlen: int, dropout_p: float, use_triton: bool,
+    rope_base: float, max_seqlen: int, dropout_p: float, use_triton: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check_attention(qkv, cu_seqlens, slopes, tiles, max_seqlen, use_triton)
     if use_triton:
         return _attention_triton(qkv, cu_seqlens, slopes, tiles, max_seqlen)
-    return _attention_reference(qkv, cu_seqlens, slopes, dropout_p, seed)
+    return _attention_reference(qkv, cu_seqlens, slopes, rope_base, max_seqlen, dropout_p, seed)
 
 
 @_attention.register_fake
-def _(qkv, cu_seqlens, slopes, tiles, seed, max_seqlen, dropout_p, use_triton):
+def _(qkv, cu_seqlens, slopes, tiles, seed, rope_base, max_seqlen, dropout_p, use_triton):
     T, _, H, D = qkv.shape
     lse_dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
     return qkv.new_empty(T, H, D), qkv.new_empty(H, T, dtype=lse_dtype)
@@ -735,11 +798,14 @@ def _(qkv, cu_seqlens, slopes, tiles, seed, max_seqlen, dropout_p, use_triton):
 @torch.library.custom_op("nanomosaic::attention_backward", mutates_args=())
 def _attention_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, slopes: Tensor | None,
-    tiles: Tensor | None, seed: Tensor | None, max_seqlen: int, dropout_p: float, use_triton: bool,
+    tiles: Tensor | None, seed: Tensor | None, rope_base: float, max_seqlen: int, dropout_p: float,
+    use_triton: bool,
 ) -> Tensor:  # fmt: skip
     if use_triton:
         return _attention_backward_triton(dout.contiguous(), qkv, out, lse, cu_seqlens, slopes, tiles, max_seqlen)
-    return _attention_backward_reference(dout, qkv, out, lse, cu_seqlens, slopes, dropout_p, seed)
+    return _attention_backward_reference(
+        dout, qkv, out, lse, cu_seqlens, slopes, rope_base, max_seqlen, dropout_p, seed
+    )
 
 
 _attention_backward.register_fake(lambda dout, qkv, *_: qkv.new_empty(qkv.shape))
@@ -754,25 +820,29 @@ def _attention_save(ctx, inputs, output):
 
 def _attention_grad(ctx, dout, _dlse):
     dqkv = _attention_backward(dout, *ctx.saved_tensors, *ctx.settings)
-    return dqkv, None, None, None, None, None, None, None
+    return dqkv, *[None] * 8
 
 
 _attention.register_autograd(_attention_grad, setup_context=_attention_save)
 
 
 def varlen_attention(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, slopes: Tensor | None = None, *, tiles: Tensor | None = None,
-    dropout_p: float = 0.0, seed: Tensor | None = None, backend: str = "auto",
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, slopes: Tensor | None = None, *, rope_base: float = 0.0,
+    tiles: Tensor | None = None, dropout_p: float = 0.0, seed: Tensor | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """Attention inside each document of a flat batch, with symmetric ALiBi: out (T, H, D), dtype of qkv.
+    """Attention inside each document of a flat batch, with ALiBi, RoPE, both or neither: out
+    (T, H, D), dtype of qkv.
 
-    out_i = sum_j softmax_j(q_i . k_j / sqrt(D) - slope |i - j|) v_j over the rows j of i's own document.
+    out_i = sum_j softmax_j(q_i . k_j / sqrt(D) - slope |i - j|) v_j over the rows j of i's own
+    document, the slope one for j < i and one for j > i, q and k turned by RoPE first.
 
     qkv         (T, 3, H, D) bf16, fp16 or fp32 (slow on a GPU; the reference also takes fp64), its rows contiguous.
                 Triton: D a multiple of 16 up to 128
     cu_seqlens  (B+1,) int32 on qkv's device, from 0, non-decreasing
     max_seqlen  the longest document, or any bound above it (it picks the kernel, so keep it fixed in training)
-    slopes      (H,) fp32 (`alibi_slopes`), or None for no bias; never given a gradient
+    slopes      (H, 2) fp32 (`alibi_slopes`), or None for no bias; never given a gradient
+    rope_base   of RoPE's wavelengths (`rope_table`), positions count from the start of each document;
+                0: no RoPE
     tiles       the work list of `attention_tiles`, on qkv's device; None launches a rectangular grid
     dropout_p   dropout of the attention weights, "cpu" and "padded" only. cpu: `seed` (0-dim int64
                 CPU tensor) fixes the mask and is drawn from torch's CPU generator when None;
@@ -785,10 +855,13 @@ def varlen_attention(
     if dropout_p > 0 and use_triton:
         raise ValueError('varlen_attention: the Triton kernel has no dropout; backend "padded" has')
     if backend == "padded":
-        return _attention_padded(qkv, cu_seqlens, max_seqlen, slopes, dropout_p)
+        return _attention_padded(qkv, cu_seqlens, max_seqlen, slopes, rope_base, dropout_p)
+    if rope_base and use_triton:
+        raise ValueError('varlen_attention: RoPE has no Triton kernel yet; backend "padded" has it')
     if dropout_p > 0 and seed is None:
         seed = torch.randint(2**62, (), dtype=torch.int64)
-    out, _ = _attention(qkv, cu_seqlens, slopes, tiles, seed, max_seqlen, dropout_p, use_triton)
+    settings = rope_base, max_seqlen, dropout_p, use_triton
+    out, _ = _attention(qkv, cu_seqlens, slopes, tiles, seed, *settings)
     return out
 
 

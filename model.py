@@ -60,7 +60,9 @@ class EncoderConfig:
     n_heads: int = 12
     d_model: int = 768  # width of the residual stream
     d_ff: int = 3_072  # width of the feed-forward; of each of the two halves for geglu
-    position: Literal["alibi", "learned"] = "alibi"
+    position: Literal["alibi", "learned", "rope", "rope-alibi"] = "alibi"
+    alibi_ratio: float = 1.0  # slopes of one side over the other's; 1, MosaicBERT, is blind to order
+    rope_base: float = 1_000.0  # longest wavelength 2 pi base tokens
     max_positions: int = 512  # rows of the position table; ALiBi has no table and no limit
     mlp: Literal["geglu", "gelu"] = "geglu"
     norm: Literal["post", "pre"] = "post"  # post: LN(x + f(x)), as BERT; pre: x + f(LN(x)) and a final LN
@@ -103,6 +105,12 @@ class EncoderConfig:
                 f"attention_dropout {self.attention_dropout} does not go with attention='triton', "
                 "which keeps no weights to drop: leave it at auto"
             )
+        if not 0 < self.alibi_ratio < float("inf"):
+            raise ValueError(f"alibi_ratio is {self.alibi_ratio}; it must be above 0")
+        if not 1 < self.rope_base < float("inf"):
+            raise ValueError(f"rope_base is {self.rope_base}; it must be above 1")
+        if "rope" in self.position and self.d_model // self.n_heads % 2:
+            raise ValueError(f"RoPE turns pairs of columns: {self.d_model // self.n_heads} a head is odd")
         if self.position == "learned" and self.max_positions < 1:
             raise ValueError(f"max_positions is {self.max_positions}; learned positions need at least 1")
 
@@ -234,7 +242,8 @@ class Attention(nn.Module):
         # MosaicBERT: none. It would have to be drawn inside the flash kernel, and "often slows things down"
         self.dropout = cfg.attention_dropout
         self.qkv = nn.Linear(cfg.d_model, 3 * cfg.d_model, bias=cfg.bias)
-        slopes = alibi_slopes(cfg.n_heads) if cfg.position == "alibi" else None
+        slopes = alibi_slopes(cfg.n_heads, cfg.alibi_ratio) if "alibi" in cfg.position else None
+        self.rope_base = cfg.rope_base if "rope" in cfg.position else 0.0
         self.register_buffer("slopes", slopes, persistent=False)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, tiles: Tensor | None) -> Tensor:
@@ -245,7 +254,7 @@ class Attention(nn.Module):
         seed = torch.randint(2**62, (), dtype=torch.int64) if dropout else None
         slopes = None if self.slopes is None else self.slopes.float()
         backend, _ = attention_backend(x.device.type, *self.asked)  # in evaluation that of training
-        how = dict(tiles=tiles, dropout_p=dropout, seed=seed, backend=backend)
+        how = dict(rope_base=self.rope_base, tiles=tiles, dropout_p=dropout, seed=seed, backend=backend)
         out = varlen_attention(qkv, cu_seqlens, max_seqlen, slopes, **how)  # (T, H, D)
         return out.view(T, d)
 

@@ -150,7 +150,7 @@ def attention_peers(qkv, dout, lengths: list[int], slopes, device: str = "cuda")
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         same = lambda b, h, i, j: document[i] == document[j]
-        alibi = lambda score, b, h, i, j: score - slopes[h] * (i - j).abs()
+        alibi = lambda score, b, h, i, j: score - slopes[h, 0] * (i - j).abs()
         mask = torch.compile(create_block_mask)(same, None, None, T, T, device=device)
         f = torch.compile(flex_attention, dynamic=False)
         x = leaves(*qkv.permute(1, 2, 0, 3)[:, None])  # 3 of (1, H, T, D)
@@ -166,7 +166,7 @@ def attention_peers(qkv, dout, lengths: list[int], slopes, device: str = "cuda")
     def sdpa_bias():
         x, g = padded()
         i = torch.arange(n, device=device)
-        bias = (-slopes[:, None, None] * (i[:, None] - i).abs()).to(qkv.dtype)[None].expand(B, H, n, n)
+        bias = (-slopes[:, :1, None] * (i[:, None] - i).abs()).to(qkv.dtype)[None].expand(B, H, n, n)
         if not uniform:
             past = i >= torch.tensor(lengths, device=device)[:, None]  # (B, n)
             bias = bias.masked_fill(past[:, None, None, :], float("-inf"))

@@ -375,10 +375,11 @@ def model_card(
     """README.md of the exported folder: what it is, how it was made, how to use it, what it cannot do."""
     cfg, trust = model.cfg, "" if bert else ", trust_remote_code=True"
     end = HEADS[type(model)]
+    positions = {"alibi": "ALiBi", "rope": "RoPE", "rope-alibi": "RoPE and ALiBi"}.get(cfg.position)
     rows = {
         "parameters": f"{model.n_params():,}",
         "shape": f"{cfg.n_layers} layers, {cfg.n_heads} heads, {cfg.d_model} wide, feed-forward {cfg.d_ff} ({cfg.mlp})",
-        "positions": "ALiBi, no table and no limit" if cfg.position == "alibi" else f"{cfg.max_positions}, learned",
+        "positions": f"{positions}, no table and no limit" if positions else f"{cfg.max_positions}, learned",
         "vocabulary": f"{tokenizer.vocab_size:,} entries, {'lowercased' if tokenizer.lowercase else 'cased'}",
     }
     if facts:
@@ -415,8 +416,8 @@ model = AutoModel{end}.from_pretrained("."{trust})"""
         else "An encoder in the family of MosaicBERT (Portes et al. 2023); `config.json` has its ingredients."
     )
     longer = f"The tokenizer cuts at {max_length} tokens when asked to. "
-    if cfg.position == "alibi":
-        longer += "ALiBi accepts longer texts; how well it does there has to be measured. "
+    if positions:
+        longer += f"{positions} accepts longer texts; how well it does there has to be measured. "
     return f"""---
 library_name: transformers
 pipeline_tag: {PIPELINES[type(model)]}

@@ -20,19 +20,30 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
-from kernels import alibi_slopes
+from kernels import alibi_bias, alibi_slopes
 from model import Attention, Encoder, EncoderConfig, LayerNorm, MlmHead
 
 
-def varlen_attention(qkv, cu_seqlens, max_seqlen, slopes, *, tiles, dropout_p=0.0, **_):
+def varlen_attention(qkv, cu_seqlens, max_seqlen, slopes, *, rope_base, tiles, dropout_p=0.0, **_):
     """kernels.varlen_attention of B documents of S = max_seqlen rows: qkv (B·S, 3, H, D) -> (B·S, H, D).
 
     ALiBi and the padding are in `tiles`, the argument model.py hands through unread: (1 or B, H, S, S) or None.
     """
     T, _, H, D = qkv.shape
-    q, k, v = qkv.view(T // max_seqlen, max_seqlen, 3, H, D).permute(2, 0, 3, 1, 4)  # (B, H, S, D) each
+    q, k, v = qkv.view(-1, max_seqlen, 3, H, D).permute(2, 0, 3, 1, 4)  # (B, H, S, D) each
+    if rope_base:
+        frequency = rope_base ** (torch.arange(0, D, 2, device=qkv.device) / -D)
+        angle = torch.arange(max_seqlen, device=qkv.device)[:, None] * frequency  # (S, D/2)
+        q, k = rotate(q, angle), rotate(k, angle)
     bias = None if tiles is None else tiles.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, bias, dropout_p).transpose(1, 2).reshape(T, H, D)
+
+
+def rotate(x, angle):
+    """Columns 2d and 2d + 1 of x (B, H, S, D) turned by `angle` (S, D/2)."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()
+    return torch.stack(turned, -1).flatten(-2).to(x.dtype)
 
 
 def gather_rows(x, rows):
@@ -97,7 +108,7 @@ class NanoMosaicBertPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
         if isinstance(module, Attention) and module.slopes is not None:
-            module.slopes.copy_(alibi_slopes(module.n_heads))
+            module.slopes.copy_(alibi_slopes(module.n_heads, self.config.alibi_ratio))
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
         """transformers' own, keeping the rows a multiple of vocab_multiple, as the encoder will expect."""
@@ -129,10 +140,10 @@ class NanoMosaicBertModel(NanoMosaicBertPreTrainedModel):
     def attention_bias(self, real: Tensor | None, S: int, device: torch.device) -> Tensor | None:
         """ALiBi, and -inf on the keys that are padding: (1, H, S, S), or (B, H, S, S) with `real` (B, S) bool."""
         bias = None
-        if self.cfg.position == "alibi":
+        if "alibi" in self.cfg.position:
             i = torch.arange(S, device=device)
-            distance = (i[:, None] - i).abs()
-            bias = -alibi_slopes(self.cfg.n_heads).to(device)[None, :, None, None] * distance
+            slopes = alibi_slopes(self.cfg.n_heads, self.cfg.alibi_ratio).to(device)
+            bias = alibi_bias(slopes, i, i)[None]
         if real is None:
             return bias
         real = real | ~real.any(1, keepdim=True)  # a row of nothing but padding would be NaN in ONNX

@@ -10,15 +10,29 @@ def offsets(lengths, device="cpu") -> torch.Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
 
 
-def oracle(qkv, lengths, slopes):
+def turn(x, base):
+    """RoPE as a matrix: x (H, n, D) times the block rotation of each position."""
+    n, D = x.shape[1:]
+    turns = torch.zeros(n, D, D, dtype=torch.float64)
+    for d in range(0, D, 2):
+        angle = torch.arange(n) * base ** (-d / D)
+        turns[:, d, d] = turns[:, d + 1, d + 1] = angle.double().cos()
+        turns[:, d, d + 1], turns[:, d + 1, d] = -angle.sin(), angle.sin()
+    return torch.einsum("nde,hne->hnd", turns.to(x), x)
+
+
+def oracle(qkv, lengths, slopes, rope_base=0.0):
     """Attention one document at a time, in the dtype of qkv."""
     outs = []
     for document in qkv.split(lengths):
         q, k, v = document.permute(1, 2, 0, 3)  # (H, n, D) each
         i = torch.arange(len(document), device=qkv.device)
+        if rope_base:
+            q, k = (turn(x, rope_base) for x in (q, k))
         scores = q @ k.mT / q.shape[-1] ** 0.5
         if slopes is not None:
-            scores = scores - slopes[:, None, None].to(q) * (i[:, None] - i).abs()
+            slope = torch.where(i < i[:, None], slopes[:, :1, None], slopes[:, 1:, None]).to(q)
+            scores = scores - slope * (i[:, None] - i).abs()
         outs.append((scores.softmax(-1) @ v).transpose(0, 1))
     return torch.cat(outs)
 
@@ -30,9 +44,9 @@ def with_grad(f, *inputs, dout):
     return [out.detach(), *torch.autograd.grad(out, inputs, dout.to(out))]
 
 
-def oracles(qkv, dout, lengths, slopes):
+def oracles(qkv, dout, lengths, slopes, rope_base=0.0):
     """[out, dqkv] in float64, and as PyTorch's own arithmetic in the dtype of qkv has them."""
-    return [with_grad(lambda x: oracle(x, lengths, slopes), x, dout=dout) for x in (qkv.double(), qkv)]
+    return [with_grad(lambda x: oracle(x, lengths, slopes, rope_base), x, dout=dout) for x in (qkv.double(), qkv)]
 
 
 def draw(lengths, H, D, dtype=torch.float32, slack=0, seed=0, device="cpu"):

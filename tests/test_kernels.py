@@ -5,6 +5,7 @@ The same tests run twice. In this process they hold the PyTorch references to th
 the Triton kernels to them, in numpy, without a GPU. On a GPU: test_kernels_gpu.py.
 """
 
+import functools
 import os
 import random
 import re
@@ -97,12 +98,15 @@ def test_random_shapes():
         lengths = [rng.choice([0, 1, rng.randint(2, 64), rng.randint(2, 200)]) for _ in range(rng.randint(1, 6))]
         H, D = rng.choice([1, 2, 3]), rng.choice([16, 32, 80])
         qkv, dout = draw(lengths, H, D, seed=seed)
-        exact, torchs = oracles(qkv, dout, lengths, alibi_slopes(H))
+        slopes = rng.choice([None, alibi_slopes(H), alibi_slopes(H, 8.0), alibi_slopes(H, 0.3)])
+        rope_base = 0.0 if TRITON else rng.choice([0.0, 10.0, 1000.0])
+        exact, torchs = oracles(qkv, dout, lengths, slopes, rope_base)
         tiles = attention_tiles(offsets(lengths)) if seed % 2 else None
         bound = max(lengths) + rng.choice([0, 100])
         if sum(lengths):
-            ours = attend(qkv, dout, lengths, alibi_slopes(H), tiles=tiles, max_seqlen=bound)
-            assert_close_to_exact(ours, torchs, exact, f"lengths {lengths}, H {H}, D {D}")
+            how = dict(tiles=tiles, max_seqlen=bound, rope_base=rope_base)
+            name = f"lengths {lengths}, H {H}, D {D}, RoPE {rope_base}, slopes {slopes}"
+            assert_close_to_exact(attend(qkv, dout, lengths, slopes, **how), torchs, exact, name)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -190,7 +194,7 @@ def test_nan_in_neighbours_or_slack_never_leaks(lengths):
                 assert (a[T:] == 0).all()
 
 
-@pytest.mark.parametrize("slopes", [None, torch.zeros(2)], ids=["none", "zero"])
+@pytest.mark.parametrize("slopes", [None, torch.zeros(2, 2)], ids=["none", "zero"])
 @pytest.mark.parametrize("n", [50, 150])
 def test_without_slope_it_is_scaled_dot_product_attention(n, slopes):
     qkv, dout = draw([n], 2, 64)
@@ -273,10 +277,11 @@ def test_rows_beyond_2_to_the_31():
 
 
 def test_slopes_are_mosaicberts():
-    assert torch.equal(alibi_slopes(8), 2.0 ** -torch.arange(1.0, 9))
+    assert torch.equal(alibi_slopes(8)[:, 0], 2.0 ** -torch.arange(1.0, 9))
     twelve = [1, 2, 3, 4, 5, 6, 7, 8, 0.5, 1.5, 2.5, 3.5]
-    assert torch.equal(alibi_slopes(12), 2.0 ** -torch.tensor(twelve))
-    assert torch.equal(alibi_slopes(16), 2.0 ** -(torch.arange(1.0, 17) / 2))
+    assert torch.equal(alibi_slopes(12)[:, 0], 2.0 ** -torch.tensor(twelve))
+    assert torch.equal(alibi_slopes(16)[:, 1], 2.0 ** -(torch.arange(1.0, 17) / 2))
+    assert alibi_slopes(4, 8.0).mul(256).tolist() == [[64, 512], [128, 16], [4, 32], [8, 1]]
 
 
 @pytest.mark.skipif(TRITON, reason="dropout is the reference's alone")
@@ -335,18 +340,20 @@ def test_gather_and_scatter_move_rows_and_their_gradients(shape, dtype):
     assert torch.equal(grad[kept], x[index[kept]]) and (grad[~kept] == 0).all()
 
 
-@pytest.mark.parametrize("slopes", [None, alibi_slopes(2)], ids=["no ALiBi", "ALiBi"])
+@pytest.mark.parametrize("rope_base", [0.0, 100.0])
+@pytest.mark.parametrize("slopes", [None, alibi_slopes(2, 8.0)], ids=["no ALiBi", "ALiBi"])
 @pytest.mark.parametrize("lengths", [[5], [3, 9, 1, 7], [4, 0, 6]])
-def test_the_padded_attention_is_the_cpus(lengths, slopes):
+def test_the_padded_attention_is_the_cpus(lengths, slopes, rope_base):
     """Its device-independent arithmetic: with rows behind the last document and a longer bound."""
     T, S = sum(lengths) + 3, max(lengths) + 2
     qkv, dout = draw([T], 2, 16, torch.float64)
     dout[sum(lengths) :] = 0
-    attention = lambda backend: with_grad(
-        lambda x: varlen_attention(x, offsets(lengths), S, slopes, backend=backend), qkv, dout=dout
+    args = offsets(lengths), S, slopes
+    attention = lambda x, backend: varlen_attention(x, *args, rope_base=rope_base, backend=backend)
+    padded, cpu = (
+        with_grad(functools.partial(attention, backend=b), qkv, dout=dout) for b in ("padded", "cpu")
     )
-    padded = attention("padded")
-    torch.testing.assert_close(padded, attention("cpu"))
+    torch.testing.assert_close(padded, cpu)
     assert not padded[0][sum(lengths) :].any() and not padded[1][sum(lengths) :].any()
 
 
@@ -356,7 +363,7 @@ def test_the_padded_attention_of_bert_on_a_gpu_drops_weights_and_keeps_their_mea
     qkv = torch.zeros(T, 3, 2, 16)
     qkv[:, 2] = 1.0
     torch.manual_seed(0)
-    out = torch.stack([kernels._attention_padded(qkv, cu, 56, None, 0.1) for _ in range(50)])
+    out = torch.stack([kernels._attention_padded(qkv, cu, 56, None, 0.0, 0.1) for _ in range(50)])
     assert out.mean().item() == pytest.approx(1.0, abs=5e-3)
     for n, part in zip(lengths, out.split(lengths, dim=1)):  # a mean of n weights, each kept with p 0.9 and / 0.9
         assert part.std().item() == pytest.approx((0.1 / 0.9 / n) ** 0.5, rel=0.1)
@@ -480,7 +487,10 @@ def test_opcheck_of_every_op():
     cu, slopes, seed = offsets(lengths), alibi_slopes(2), torch.tensor(1)
     ops, rows = torch.ops.nanomosaic, torch.tensor([3, 1, -1])
     tiles = attention_tiles(cu)
-    for args in ((slopes, tiles, None, 20, 0.0), (None, None, None, 200, 0.0), (slopes, None, seed, 20, 0.1)):
+    for args in (
+        (slopes, tiles, None, 0.0, 20, 0.0), (None, None, None, 0.0, 200, 0.0),
+        (slopes, None, seed, 1e3, 20, 0.1),
+    ):
         if TRITON and args[-1]:
             continue
         check(ops.attention, (qkv.requires_grad_(), cu, *args, TRITON))
@@ -541,7 +551,7 @@ BAD = {
     "decreases at position 2": lambda a: a | {"cu_seqlens": torch.tensor([0, 9, 3, 10], dtype=torch.int32)},
     "beyond the 10 rows": lambda a: a | {"cu_seqlens": torch.tensor([0, 11], dtype=torch.int32)},
     "longer than max_seqlen=5": lambda a: a | {"max_seqlen": 5},
-    r"slopes must be \(2,\) float32": lambda a: a | {"slopes": torch.ones(3)},
+    r"slopes must be \(2, 2\) float32": lambda a: a | {"slopes": torch.ones(2)},
     "tiles must be": lambda a: a | {"tiles": torch.zeros(3, 2)},
 }
 

@@ -212,7 +212,7 @@ def test_bert_classifier_matches_transformers_with_every_gradient(tmp_path):
 # ----------------------------------------------------------------------------- flat, padded, masked-only
 
 
-@pytest.mark.parametrize("position", ["alibi", "learned"])
+@pytest.mark.parametrize("position", ["alibi", "learned", "rope"])
 def test_flat_equals_padded(position):
     model = MaskedLM(small(position=position)).eval()
     ids, cu, S = flat_batch()
@@ -221,8 +221,29 @@ def test_flat_equals_padded(position):
     torch.testing.assert_close(model(padded, mask)[mask.bool()], flat_logits, atol=1e-6, rtol=1e-5)
 
 
-def test_a_document_does_not_see_its_neighbours():
-    model = Encoder(small()).eval()
+POSITIONS = [  # settings, blind to the order of a document
+    (dict(position="alibi"), True),
+    (dict(position="alibi", alibi_ratio=8.0), False),
+    (dict(position="rope"), False),
+    (dict(position="rope-alibi", alibi_ratio=8.0), False),
+    (dict(position="learned"), False),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("position", "blind"), POSITIONS, ids=str)
+def test_only_symmetric_alibi_is_blind_to_order(position, blind):
+    """A document read from its end: MosaicBERT's hidden states are the reversed ones."""
+    model = randomize(Encoder(small(**position))).eval()
+    ids = torch.randint(5, 101, (12,), generator=torch.Generator().manual_seed(0))
+    run = lambda ids: model.flat(ids, torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
+    error = (run(ids.flip(0)) - run(ids).flip(0)).abs().max()
+    assert (error < 1e-4) if blind else (error > 0.05), error
+
+
+@pytest.mark.parametrize(("position", "_"), POSITIONS, ids=str)
+def test_a_document_does_not_see_its_neighbours(position, _):
+    model = Encoder(small(**position)).eval()
     ids, cu, S = flat_batch()
     packed = model.flat(ids, cu, S)
     for a, b in zip(cu[:-1].tolist(), cu[1:].tolist()):
@@ -534,6 +555,9 @@ def test_token_types_and_eps_switches():
         (dict(mlp_dropout=1.0), "must be in"),
         (dict(n_layers=0), "at least 1"),
         (dict(position="learned", max_positions=0), "at least 1"),
+        (dict(alibi_ratio=0.0), "alibi_ratio is 0.0"),
+        (dict(rope_base=1.0), "rope_base is 1.0"),
+        (dict(position="rope", d_model=66, n_heads=2), "pairs of columns"),
     ],
 )
 def test_invalid_combinations_are_refused_with_a_sentence(changes, sentence):
