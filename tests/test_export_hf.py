@@ -112,6 +112,7 @@ def assert_near(a, b):
         ("mosaic", {}),
         ("three-heads", dict(n_heads=3, d_model=36)),  # ALiBi's slopes for no power of two
         ("learned", BERT),
+        ("rope", dict(position="rope-alibi", alibi_ratio=8.0)),
         ("ablation", dict(norm="pre", bias=False, tie_head=False, position="learned", max_positions=30, d_ff=40)),
     ],
 )
@@ -129,7 +130,7 @@ def test_logits_equal_ours_padded_on_either_side_or_not(tokenizer, tmp_path, nam
             hidden = load("AutoModel", tmp_path / name)(ids, mask, types).last_hidden_state
             assert_near(hidden, ours.encoder(ids, mask, types))
         assert_near(theirs(ids).logits, ours(ids)[..., : tokenizer.vocab_size])
-    if ours.cfg.position == "alibi":  # no weight of the checkpoint, so transformers asks for it
+    if "alibi" in ours.cfg.position:  # no weight of the checkpoint, so transformers asks for it
         assert torch.equal(theirs.encoder.layers[-1].attention.slopes, ours.encoder.layers[-1].attention.slopes)
 
 
@@ -459,11 +460,14 @@ def test_onnx_runs_any_batch_and_length_with_our_logits(run, exported, shape):
     torch.testing.assert_close(logits[mask.bool()], ours[mask.bool()], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("cls", [SequenceClassifier, TokenClassifier])
-def test_classifiers_run_in_onnx_for_any_batch(run, tokenizer, tmp_path, cls):
+@pytest.mark.parametrize(
+    ("cls", "shape"),
+    [(SequenceClassifier, {}), (TokenClassifier, dict(position="rope-alibi", alibi_ratio=8.0))],
+)
+def test_classifiers_run_in_onnx_for_any_batch(run, tokenizer, tmp_path, cls, shape):
     import onnxruntime
 
-    ours = randomized(cls.from_pretrained(run, n_labels=3))
+    ours = randomized(cls.from_pretrained(run, n_labels=3, **shape))
     checkpoint(tmp_path / "in", tokenizer, ours)
     main([str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--onnx"])
     session = onnxruntime.InferenceSession(tmp_path / "out/onnx/model.onnx", providers=["CPUExecutionProvider"])
