@@ -90,12 +90,9 @@ lint: .venv/installed-dev
 
 # a figure whose data is not there yet says so and is left out
 plots: .venv/installed
-	@$(PY) plots.py loss runs/* || true
-	@$(PY) plots.py throughput runs/* results/step-*.json || true
-	@$(PY) plots.py pareto runs/* results/* || true
+	@for figure in pareto loss; do $(PY) plots.py $$figure runs/* || true; done
 	@for sweep in results/*/records.jsonl; do \
 		$(PY) plots.py ablation $$sweep --out plots/$$(basename $$(dirname $$sweep)).png || true; done
-	@$(PY) plots.py kernels results/* || true
 
 bench: .venv/installed-dev
 	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(PY) -m bench.kernels; \

@@ -55,13 +55,11 @@ def to_json(value: object) -> bytes:
 def read_json(path: Path, advice: str = "prepare the folder again") -> dict:
     """A small JSON object of ours. BadInput when it is missing or damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(value, dict):
-            return value
-        problem = "it holds no JSON object"
+        if not isinstance(value := json.loads(path.read_text(encoding="utf-8")), dict):
+            raise ValueError("it holds no JSON object")
+        return value
     except (OSError, ValueError) as e:
-        problem = str(e)
-    raise BadInput(f"{path} cannot be read ({problem}); {advice}") from None
+        raise BadInput(f"{path} cannot be read ({e}); {advice}") from None
 
 
 def read_jsonl(path: Path, stride: float = 1) -> tuple[list[dict], int]:
@@ -165,10 +163,10 @@ def columns(records: list[dict], kind: str) -> dict[str, np.ndarray]:
     """The records of one type as {name: (n,) float64} by increasing step. A resumed run repeats
     steps: the last record of a step counts, and what a killed process did beyond the step at which
     the next one began is forgotten."""
-    steps: dict[float, dict] = {}
+    steps = {}
     for r in records:
         if r["type"] == "header" and isinstance(began := r.get("step"), int):
-            steps = {step: of_step for step, of_step in steps.items() if step <= began}
+            steps = {step: own for step, own in steps.items() if step <= began}
         elif r["type"] == kind:
             steps[r["step"]] = r
     rows = [[v if isinstance(v := steps[s].get(k), int | float) else math.nan for k in LOGGED]
@@ -211,16 +209,15 @@ def read_runs(folders: list[Path], logs: bool = True) -> list[Run]:
             damaged[path] += skipped
         jobs, older = of_one_kind([{**r, "task": str(r.get("task"))} for r in jobs])
         if older:
-            note(f"{path}: {older} fine-tuning(s) with another recipe, data or weights than the "
-                 "last, left out")
+            note(f"{path}: left out {older} fine-tuning(s) unlike the last in recipe, data, model")
         about = {**(jobs[-1] if jobs else {}), **(headers[-1] if headers else {})}
         devices = dict.fromkeys(map(hardware, headers or jobs))
         runs.append(Run(path, str(about.get("family")), str(about.get("preset")),
                         " then ".join(devices) or "unknown device",
                         columns(records, "train"), columns(records, "eval"), jobs))
     if skipped := sum(damaged.values()):
-        note(f"skipped {skipped} damaged or unfinished line(s), most of them in "
-             f"{max(damaged, key=damaged.get)}")
+        most = max(damaged, key=damaged.get)
+        note(f"skipped {skipped} damaged or unfinished line(s), most of them in {most}")
     return runs
 
 

@@ -176,7 +176,7 @@ def test_only_fine_tunings_like_the_last_are_averaged_each_job_once(tmp_path, ca
     (run,) = load(make_run(tmp_path / "a", [], [*paper, *cola, *sane, again]))
     assert sorted((g["task"], g["seed"], g["score"]) for g in run.glue) == [
         ("CoLA", 19, 0.9), ("RTE", 0, 0.8), ("RTE", 1, 0.7), ("RTE", 2, 0.7)]
-    assert "5 fine-tuning(s) with another recipe, data or weights than" in capsys.readouterr().err
+    assert "left out 5 fine-tuning(s) unlike the last" in capsys.readouterr().err
 
 
 def test_device_and_family_are_those_of_pretraining(tmp_path):
