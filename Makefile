@@ -32,7 +32,8 @@ endif
 LAST_LOSS = lambda run: [r["loss"] for r in map(json.loads, open(run + "/log.jsonl")) if r["type"] == "eval"][-1]
 BEST = $$($(PY) -c 'import json, sys; print(min(sys.argv[1:], key=$(LAST_LOSS)))' $(RUNS))
 
-# PyTorch's CPU threads wait without spinning: 15 % slower on an idle machine, 7 to 10 times faster on a busy one
+# PyTorch's CPU threads wait without spinning: 15 to 20 % slower on an idle machine, some ten times
+# faster on a busy one (docs/LOG.md)
 export OMP_WAIT_POLICY ?= PASSIVE
 
 PYTHON ?= python3
