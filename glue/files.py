@@ -1,0 +1,197 @@
+"""Reads labelled files: GLUE's official .tsv, the hub's parquet, and files of one's own.
+
+The official files have no quoting (a quote is a character), CoLA's have no header, QQP's has broken
+rows, and the names of columns differ from the hub's; TASKS of glue/tasks.py knows the names.
+"""
+
+import json
+import math
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glue.tasks import Task, evaluate
+
+KINDS = (".tsv", ".jsonl", ".parquet")
+Source = Path | str  # a file, or "nyu-mll/glue rte validation" of the hub
+COLA_HEADER = ["source", "label", "mark", "sentence"]  # its train and dev files have none
+
+
+@dataclass
+class Split:
+    """The n rows of one file that can be used."""
+
+    where: str
+    texts: list[list[str]]  # one or two columns of n strings
+    labels: list[Any]  # n raw values; empty when the rows have none
+    lines: list[int]  # n line numbers
+    broken: list[int] = field(default_factory=list)  # lines left out: no text or no label
+    encoded: dict = field(default_factory=dict)  # what tokenizers have made of it
+
+    def digest(self, start: int = 0) -> int:
+        """crc32 of every text and label."""
+        for column in (*self.texts, map(str, self.labels)):
+            start = zlib.crc32("\t".join(column).encode("utf-8", "replace"), start)
+        return start
+
+
+@dataclass
+class Data:
+    """A task's files, read. y: int64 classes or float32 values of "train" and of each dev split."""
+
+    task: Task
+    train: Split
+    devs: dict[str, Split]
+    y: dict[str, np.ndarray]
+    facts: dict[str, Any]  # of its records. data: results belong to these rows and no others
+    notes: list[str]  # what the user should know about the files, one line each
+
+
+def locate(glue_dir: str, task: Task) -> dict[str, Source]:
+    """"train" and the dev splits: the official .tsv in glue_dir, or the hub's parquet if that is
+    there; without glue_dir the hub itself. MNLI may come without its mismatched half."""
+    config, sources = task.name.lower().replace("-", ""), {}
+    for split in ("train", *task.devs):
+        hub_split = split.replace("dev", "validation")
+        file = Path(glue_dir, task.name, f"{split}.tsv")
+        file = next(Path(glue_dir).glob(f"{config}/{hub_split}-*.parquet"), file)
+        if not glue_dir or split != "dev_mismatched" or file.exists():
+            sources[split] = file if glue_dir else f"nyu-mll/glue {config} {hub_split}"
+    return sources
+
+
+def read_table(source: Source, header: list[str] | None = None) -> tuple[list[str], Iterator]:
+    """Column names, and (line number, values) of each row, of a .tsv, .jsonl or .parquet file or a
+    hub split. header: names for a .tsv without a header line. ValueError for what is damaged."""
+    if isinstance(source, str) or source.suffix == ".parquet":
+        try:
+            if isinstance(source, str):
+                import datasets  # takes seconds, and only the hub needs it
+
+                path, config, split = source.split()
+                columns = datasets.load_dataset(path, config, split=split)[:]
+            else:
+                import pyarrow.parquet
+
+                columns = pyarrow.parquet.read_table(source).to_pydict()
+        except Exception as e:  # the hub's client raises a dozen kinds
+            where = " from the Hugging Face Hub (give --glue_dir)" * isinstance(source, str)
+            raise ValueError(f"{source} cannot be read{where}: {type(e).__name__}") from None
+        return list(columns), enumerate(zip(*columns.values()), 1)
+    try:  # utf-8-sig: MRPC's original files begin with a byte order mark
+        text = source.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").rstrip("\n")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{source} is not UTF-8 text (byte {e.start})") from None
+    lines = list(enumerate(text.split("\n"), 1))  # a lone \r inside a text ends no line
+    if source.suffix == ".tsv":
+        names = header or lines.pop(0)[1].split("\t")
+        return names, ((n, line.split("\t")) for n, line in lines)
+    rows = []
+    for n, line in lines:
+        try:
+            rows.append((n, {**json.loads(line)}))
+        except (ValueError, TypeError):
+            raise ValueError(f"{source}:{n}: not a JSON object") from None
+    names = list(rows[0][1])
+    return names, ((n, [row.get(name) for name in names]) for n, row in rows)
+
+
+def read_split(source: Source, task: Task, labelled: bool = True) -> Split:
+    """Texts and raw labels of one file. Rows that lack a text or a label are counted and left out
+    of a GLUE file (the official QQP has some), and are an error in one's own and in rows to
+    predict, which must all be answered. ValueError names file, line and column."""
+    where, bare = str(source), task.name == "CoLA" and labelled and str(source).endswith(".tsv")
+    names, rows = read_table(source, COLA_HEADER if bare else None)
+    texts = next((c for c in task.columns if set(c) <= set(names)), ())
+    label = next(([c] for c in task.label_columns if c in names), []) if labelled else []
+    if not texts or (labelled and not label):
+        wanted = " or ".join(task.label_columns if texts else map("+".join, task.columns))
+        found = ", ".join(map(str, names[:12]))
+        raise ValueError(f"{where}: no column {wanted}; its columns are {found}")
+    at = [names.index(c) for c in (*texts, *label)]
+    split = Split(where, [[] for _ in texts], [], [])
+    for line, row in rows:
+        values = [row[i] if i < len(row) else None for i in at]
+        if len(row) > len(names) and not task.sizes:
+            raise ValueError(f"{where}:{line}: {len(row)} columns, the header has {len(names)}; "
+                             "a tab inside a text?")
+        if None not in values and not (label and not str(values[-1]).strip()):
+            for column, text in zip(split.texts, values):
+                column.append(str(text))
+            split.labels += values[len(texts) :]
+            split.lines.append(line)
+        elif task.sizes and labelled:
+            split.broken.append(line)
+        else:
+            raise ValueError(f"{where}:{line}: this row lacks a text{' or its label' * labelled}")
+    if not split.lines:
+        raise ValueError(f"{where}: not one row with a text{' and a label' * labelled}")
+    return split
+
+
+def find_labels(split: Split) -> tuple[str, ...]:
+    """The labels of a training file, sorted (as numbers if all are)."""
+    names = {str(label) for label in split.labels}
+    if len(names) < 2:
+        raise ValueError(f"{split.where}: every row has the label {names.pop()!r}")
+    if fractions := [name for name in sorted(names) if re.fullmatch(r"-?\d*\.\d+", name)]:
+        raise ValueError(f"{split.where}: label {fractions[0]} is not a class; for numbers add "
+                         "--regression")
+    whole = all(re.fullmatch(r"-?\d+", name) for name in names)
+    return tuple(sorted(names, key=(lambda name: (int(name), name)) if whole else None))
+
+
+def to_numbers(split: Split, task: Task) -> np.ndarray:
+    """Raw labels -> (n,) int64 classes, or float32 for regression. ValueError names the line."""
+    known = {name: i for i, name in enumerate(task.labels)}
+    if task.sizes:  # the hub has class numbers where the official files have names
+        known |= {str(i): i for i in range(len(task.labels))}
+    y = []
+    for line, label in zip(split.lines, split.labels):
+        try:
+            y.append(float(label) if task.regression else known[str(label)])
+        except (KeyError, TypeError, ValueError):
+            y.append(math.nan)
+        if not math.isfinite(y[-1]):
+            why = "is no number" if task.regression else f"is not one of {abridged(task.labels)}"
+            raise ValueError(f"{split.where}:{line}: label {label!r} {why}")
+    return np.array(y, dtype=np.float32 if task.regression else np.int64)
+
+
+def abridged(labels: tuple[str, ...]) -> str:
+    return ", ".join(labels[:8]) + ", ..." * (len(labels) > 8)
+
+
+def load_data(task: Task, sources: dict[str, Source]) -> Data:
+    """Read "train" and the dev splits of a task and check them. ValueError (one line) for what
+    cannot be used; what can be used but should be known is in Data.notes."""
+    splits = {name: read_split(source, task) for name, source in sources.items()}
+    if not task.sizes and not task.regression:
+        task = replace(task, labels=find_labels(splits["train"]))
+    y, majority = {name: to_numbers(split, task) for name, split in splits.items()}, 0.0
+    if not task.regression:
+        commonest = np.bincount(y["train"]).argmax()
+        constant = {name: np.full_like(y[name], commonest) for name in y if name != "train"}
+        majority = evaluate(task, y, constant)["score"]
+    digest = zlib.crc32(b"regression") if task.regression and not task.sizes else 0
+    counts = [len(split.lines) for split in splits.values()]
+    # to 1 in 10,000: the official QQP file and the hub's differ by three rows
+    official = len(counts) == len(task.sizes) and np.allclose(counts, task.sizes, rtol=1e-4)
+    notes = [f"{task.name}: " + ", ".join(f"{name} {n:,}" for name, n in zip(splits, counts))]
+    if task.sizes and not official:
+        notes[0] += ": a subset, not the official task's " + ", ".join(f"{n:,}" for n in task.sizes)
+    elif task.labels:
+        notes[0] += f", {len(task.labels)} classes: {abridged(task.labels)}"
+    for split in splits.values():
+        digest = split.digest(digest)
+        if split.broken:
+            notes.append(f"{split.where}: {len(split.broken):,} rows that lack a text or the label "
+                         f"left out; the first in line {split.broken[0]:,}")
+    facts = {"data": f"{digest:08x}", "majority": majority, "official": bool(official),
+             "n_train": counts[0], "n_dev": sum(counts[1:])}
+    return Data(task, splits.pop("train"), splits, y, facts, notes)
