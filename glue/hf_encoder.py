@@ -9,10 +9,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-from transformers.utils import logging
 
 from corpus.tokenizer import valid_unicode
+
+try:
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import logging
+except ImportError as e:
+    raise SystemExit(f"error: --hf: {e}; pip install -r requirements-dev.txt") from None
 
 logging.set_verbosity_error()  # it reports every new classifier in ten lines
 logging.disable_progress_bar()
