@@ -1,1 +1,1 @@
-"""Text in, token shards out: sources, tokenizer, shard format, offline text, `python -m corpus.inspect`."""
+"""Text in, token shards out: sources, tokenizer, shard format, offline text, inspection."""

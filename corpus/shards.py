@@ -1,8 +1,9 @@
-"""A prepared corpus: its tokenizer and its documents. prepare_c4.py writes the folder, everything else reads it here.
+"""A prepared corpus: its tokenizer and its documents. prepare_c4.py writes the folder, everything
+else reads it here.
 
-tokenizer.tiktoken, tokenizer.meta.json    the vocabulary, as tiktoken's own files, and its special ids
-train_*.bin/.idx, val_*.bin/.idx           flat uint16 ids without specials; int64 offsets of the documents
-meta.json                                  counts and checksums of every file; a folder without it is unfinished
+tokenizer.tiktoken, tokenizer.meta.json   the vocabulary, tiktoken's own file, and its special ids
+train_*.bin/.idx, val_*.bin/.idx          flat uint16 ids without specials; int64 document offsets
+meta.json                                 counts and checksums; a folder without it is unfinished
 """
 
 import hashlib
@@ -27,7 +28,8 @@ class ShardWriter:
     """One .bin/.idx pair, streamed to disk under a temporary name."""
 
     def __init__(self, stem: Path):
-        self.stem, self.offsets, self.bytes, self.sha = stem, array("q", [0]), 0, hashlib.sha256()
+        self.stem, self.offsets, self.bytes = stem, array("q", [0]), 0
+        self.sha = hashlib.sha256()
         self.file = open(f"{stem}.bin.tmp", "wb")  # noqa: SIM115
 
     def add(self, ids: np.ndarray, n_bytes: int) -> None:
@@ -45,73 +47,74 @@ class ShardWriter:
         os.replace(f"{self.stem}.bin.tmp", f"{self.stem}.bin")
         idx = np.asarray(self.offsets, dtype="<i8").tobytes()
         write_atomically(Path(f"{self.stem}.idx"), idx)
-        return {
-            "documents": len(self.offsets) - 1,
-            "tokens": self.offsets[-1],
-            "bytes": self.bytes,
-            "bin_sha256": self.sha.hexdigest(),
-            "idx_sha256": hashlib.sha256(idx).hexdigest(),
-        }
+        return {"documents": len(self.offsets) - 1, "tokens": self.offsets[-1], "bytes": self.bytes,
+                "bin_sha256": self.sha.hexdigest(), "idx_sha256": hashlib.sha256(idx).hexdigest()}
 
 
 class Corpus:
     """Memory-mapped documents of one split of a prepared folder: len(c), c[i], c.lengths.
 
-    Opening checks each file's size against meta.json and the tokenizer's checksum; verify=True also reads all shards
-    and checks theirs. BadInput (one line naming the file) for what does not match.
+    Opening checks each file's size against meta.json and the tokenizer's checksum; verify=True also
+    reads all shards and checks theirs. BadInput (one line naming the file) for what does not match.
 
     Attributes: folder (Path), split, meta (dict), n_tokens (int).
     """
 
     def __init__(self, folder: str | Path, split: str = "train", verify: bool = False):
-        self.folder = Path(folder)
-        self.split = split
+        self.folder, self.split = Path(folder), split
         if not (self.folder / "meta.json").exists():
-            if not self.folder.is_dir() or not any(self.folder.iterdir()):
-                state = f"it is missing; make it with `python prepare_c4.py SOURCE --out {self.folder}`"
-            elif any((self.folder / name).exists() for name in ("progress.json", ".parts", "tokenizer.meta.json")):
-                state = "its preparation is unfinished; the same prepare_c4.py command continues"
-            else:
-                state = f"not prepared yet; `python prepare_c4.py {self.folder}` writes a folder that is"
-            raise BadInput(f"{self.folder} holds no meta.json: {state}")
+            raise BadInput(f"{self.folder} holds no meta.json: {self._state()}")
         self.meta = read_json(self.folder / "meta.json")
-        if self.meta.get("format") != FORMAT:
-            raise BadInput(f"{self.folder}/meta.json is of format {self.meta.get('format')}, not {FORMAT}")
         try:
+            if self.meta["format"] != FORMAT:
+                version = self.meta["format"]
+                raise BadInput(f"{folder}/meta.json is of format {version}, not {FORMAT}")
             shards = [s for s in self.meta["shards"] if s["split"] == split]
             checks = [(name, None, digest) for name, digest in self.meta["tokenizer_files"].items()]
             for s in shards:
-                checks.append((s["bin"], 2 * s["tokens"], s["bin_sha256"] if verify else None))
-                checks.append((s["idx"], 8 * s["documents"] + 8, s["idx_sha256"] if verify else None))
-            for name, size, digest in checks:
-                self._check(self.folder / name, size, digest)
+                checks += [(s["bin"], 2 * s["tokens"], s["bin_sha256"] if verify else None),
+                           (s["idx"], 8 * s["documents"] + 8, s["idx_sha256"] if verify else None)]
+            for check in checks:
+                self._check(*check)
         except (KeyError, TypeError, AttributeError) as e:
-            raise BadInput(f"{self.folder}/meta.json is damaged ({e!r}); prepare the folder again") from None
+            raise BadInput(f"{folder}/meta.json is damaged ({e!r}); prepare it again") from None
         if not shards:
-            raise BadInput(f"{self.folder}/meta.json lists no shard of split {split!r}")
-        if resource:  # a memory map keeps its file open: all of C4 has 3,500, twice what a process may open by default
+            raise BadInput(f"{folder}/meta.json lists no shard of split {split!r}")
+        if resource:  # a memory map keeps its file open: all of C4 has 3,500, twice the usual limit
             soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            if soft != resource.RLIM_INFINITY and soft < 2 * len(shards) + 512:
-                wanted = 2 * len(shards) + 512 if hard == resource.RLIM_INFINITY else min(hard, 2 * len(shards) + 512)
+            wanted = 2 * len(shards) + 512
+            if 0 <= soft < wanted:  # negative: no limit
+                wanted = min(wanted, hard) if hard >= 0 else wanted
                 resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
-        # np.asarray: slicing a plain array over the map is several times faster than slicing a memmap
+        # np.asarray: slicing a plain array over the map is several times faster than a memmap's
         self.bins = [np.asarray(np.memmap(self.folder / s["bin"], "<u2", "r")) for s in shards]
         self.idxs = [np.asarray(np.memmap(self.folder / s["idx"], "<i8", "r")) for s in shards]
         for s, idx in zip(shards, self.idxs):
             if idx[0] != 0 or idx[-1] != s["tokens"]:
-                raise BadInput(f"{self.folder / s['idx']} does not end at the {s['tokens']} tokens of meta.json")
-        self.first = np.cumsum([0] + [s["documents"] for s in shards]).tolist()  # index of each shard's first document
+                raise BadInput(f"{folder}/{s['idx']} does not end at the tokens of meta.json")
+        # index of each shard's first document
+        self.first = np.cumsum([0] + [s["documents"] for s in shards]).tolist()
         self.n_tokens = sum(s["tokens"] for s in shards)
 
-    def _check(self, path: Path, size: int | None, digest: str | None) -> None:
+    def _state(self) -> str:
+        """Why there is no meta.json, and what to do."""
+        names = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
+        if names & {"progress.json", ".parts", "tokenizer.meta.json"}:
+            return "its preparation is unfinished; the same prepare_c4.py command continues"
+        if names:
+            return f"not prepared yet; `python prepare_c4.py {self.folder}` writes a folder that is"
+        return f"it is missing; make it with `python prepare_c4.py SOURCE --out {self.folder}`"
+
+    def _check(self, name: str, size: int | None, digest: str | None) -> None:
+        path, advice = self.folder / name, "prepare the folder again"
         if not path.is_file():
-            raise BadInput(f"{path} is listed in meta.json but missing; prepare the folder again")
+            raise BadInput(f"{path} is listed in meta.json but missing; {advice}")
         if size is not None and (found := path.stat().st_size) != size:
-            raise BadInput(f"{path} has {found} bytes, meta.json says {size}; prepare the folder again")
+            raise BadInput(f"{path} has {found} bytes, meta.json says {size}; {advice}")
         if digest is not None:
             with open(path, "rb") as f:
                 if hashlib.file_digest(f, "sha256").hexdigest() != digest:
-                    raise BadInput(f"{path} does not have the sha256 in meta.json; prepare the folder again")
+                    raise BadInput(f"{path} does not have the sha256 in meta.json; {advice}")
 
     def __len__(self) -> int:
         return self.first[-1]
@@ -126,5 +129,5 @@ class Corpus:
 
     @property
     def lengths(self) -> np.ndarray:
-        """(n_docs,) int32: tokens of each document, specials not counted."""
-        return np.concatenate([np.diff(idx).astype(np.int32) for idx in self.idxs])  # 1.5 GB for all of C4
+        """(n_docs,) int32: tokens of each document, specials not counted. 1.5 GB for all of C4."""
+        return np.concatenate([np.diff(idx).astype(np.int32) for idx in self.idxs])

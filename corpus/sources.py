@@ -1,19 +1,22 @@
-"""Documents of any source, for prepare_c4.py: the files of a corpus, a dataset of the Hugging Face hub, docstrings.
+"""Documents of any source, for prepare_c4.py: files, a dataset of the Hugging Face hub, docstrings.
 
-find_items() cuts a source into work items and item_documents() reads one, always in the same order. What is unusable
-comes as a BadInput in its place, naming file and line, so that the caller may stop or count.
+find_items() cuts a source into work items and item_documents() reads one, always in the same order.
+What is unusable comes as a BadInput in its place, naming file and line, so that the caller may stop
+or count.
 """
 
 import functools
 import glob
 import gzip
+import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import re
 import sys
-import urllib.request
 from collections.abc import Iterator
+from typing import BinaryIO
 
 from corpus.docstrings import collect_docstrings
 from records import BadInput
@@ -22,163 +25,172 @@ SUFFIXES = re.compile(r"\.(?:(?:jsonl?|txt)(?:\.gz|\.zst)?|parquet)$")
 ITEM_BYTES = 8 << 20  # input files are grouped into work items of at least this size
 
 
-def blocks_of(path: str) -> Iterator[bytes]:
-    """Decompressed bytes of a .gz, .zst or plain file, about a megabyte at a time. EOFError when it is cut short."""
-    if not path.endswith(".zst"):
-        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as f:
-            while block := f.read(1 << 20):
-                yield block
-        return
-    import zstandard
+def open_file(path: str) -> BinaryIO:
+    """The decompressed bytes of a file. Reading one that is cut short raises."""
+    if path.endswith(".zst"):
+        import pyarrow  # zstandard's own reader ends a cut file silently
 
-    frame = None
-    with open(path, "rb") as f:
-        while block := f.read(1 << 18):
-            while block:  # decompressobj and not stream_reader, which ends a cut file silently
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                yield frame.decompress(block)
-                block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-    if frame is not None:
-        raise EOFError("it ends inside a zstd frame")
+        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
+    return gzip.open(path) if path.endswith(".gz") else open(path, "rb")
 
 
 def lines_of(path: str) -> Iterator[tuple[str, "str | BadInput"]]:
-    """("path:line number", the line) of a text file; a BadInput stands for a line that is not UTF-8."""
-
-    def raw() -> Iterator[bytes]:
-        pieces: list[bytes] = []  # of a line that may be longer than a block
-        for block in blocks_of(path):
-            end, *lines = block.split(b"\n")
-            pieces.append(end)
-            if lines:
-                yield b"".join(pieces)
-                yield from lines[:-1]
-                pieces = lines[-1:]
-        yield b"".join(pieces)
-
-    for n, line in enumerate(raw(), 1):
-        try:
-            yield f"{path}:{n}", line.removesuffix(b"\r").decode("utf-8-sig" if n == 1 else "utf-8")
-        except UnicodeDecodeError as e:
-            yield f"{path}:{n}", BadInput(f"{path}:{n} is not UTF-8 (byte {e.start + 1} of the line)")
+    """("path:line number", the line) of a text file; a BadInput stands for a line that is not
+    UTF-8."""
+    with open_file(path) as f:
+        for n, line in enumerate(f, 1):
+            line = line.removesuffix(b"\n").removesuffix(b"\r")
+            try:
+                yield f"{path}:{n}", line.decode("utf-8-sig" if n == 1 else "utf-8")
+            except UnicodeDecodeError as e:
+                problem = f"{path}:{n} is not UTF-8 (byte {e.start + 1} of the line)"
+                yield f"{path}:{n}", BadInput(problem)
 
 
 def text_in(row: object, key: str, where: str) -> "str | BadInput":
     text = row.get(key) if isinstance(row, dict) else None
-    return text if isinstance(text, str) else BadInput(f"{where} has no text under the key {key!r} (see --text_key)")
+    if isinstance(text, str):
+        return text
+    return BadInput(f"{where} has no text under the key {key!r} (see --text_key)")
+
+
+def parquet_documents(path: str, key: str) -> Iterator["str | BadInput"]:
+    import pyarrow.parquet
+
+    parquet = pyarrow.parquet.ParquetFile(path)
+    if key not in (names := parquet.schema_arrow.names):
+        columns = ", ".join(names)
+        yield BadInput(f"{path} has no column {key!r}, only {columns} (see --text_key)")
+        return
+    rows = (row for batch in parquet.iter_batches(1024, columns=[key]) for row in batch.to_pylist())
+    yield from (text_in(row, key, f"{path} row {n}") for n, row in enumerate(rows, 1))
+
+
+def text_documents(path: str) -> Iterator["str | BadInput"]:
+    block: list[str] = []
+    for _, line in lines_of(path):
+        if isinstance(line, BadInput):
+            yield line
+        elif line.strip():
+            block.append(line)
+        elif block:
+            yield "\n".join(block)
+            block = []
+    if block:
+        yield "\n".join(block)
+
+
+def json_documents(path: str, key: str) -> Iterator["str | BadInput"]:
+    for where, line in lines_of(path):
+        if isinstance(line, BadInput):
+            yield line
+        elif line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as e:
+                yield BadInput(f"{where} is not JSON ({e})")
+            else:
+                yield text_in(row, key, where)
 
 
 def file_documents(path: str, key: str) -> Iterator["str | BadInput"]:
-    """Documents of one file; a BadInput stands for each record that holds none, and for the rest of a damaged file."""
-    kind = re.sub(r"\.(gz|zst)$", "", path)
+    """Documents of one file; a BadInput stands for each record that holds none, and for the rest of
+    a damaged file."""
     try:
-        if kind.endswith(".parquet"):
-            import pyarrow.parquet
-
-            parquet = pyarrow.parquet.ParquetFile(path)
-            if key not in (names := parquet.schema_arrow.names):
-                yield BadInput(f"{path} has no column {key!r}, only {', '.join(names)} (see --text_key)")
-                return
-            rows = (row for batch in parquet.iter_batches(1024, columns=[key]) for row in batch.to_pylist())
-            yield from (text_in(row, key, f"{path} row {n}") for n, row in enumerate(rows, 1))
-        elif kind.endswith(".txt"):
-            block: list[str] = []
-            for _, line in lines_of(path):
-                if isinstance(line, BadInput):
-                    yield line
-                elif line.strip():
-                    block.append(line)
-                elif block:
-                    yield "\n".join(block)
-                    block = []
-            if block:
-                yield "\n".join(block)
+        if path.endswith(".parquet"):
+            yield from parquet_documents(path, key)
+        elif re.search(r"\.txt(\.\w+)?$", path):
+            yield from text_documents(path)
         else:
-            for where, line in lines_of(path):
-                if isinstance(line, BadInput):
-                    yield line
-                elif line.strip():
-                    try:
-                        row = json.loads(line)
-                    except (ValueError, RecursionError) as e:
-                        yield BadInput(f"{where} is not JSON ({e})")
-                    else:
-                        yield text_in(row, key, where)
-    except Exception as e:  # gzip, zlib, zstandard and pyarrow each raise their own for damaged data
+            yield from json_documents(path, key)
+    except Exception as e:  # gzip, zlib and pyarrow each raise their own for damaged data
         yield BadInput(f"{path} is damaged or cut short ({e})")
 
 
-@functools.cache  # once it has answered
-def ask_hub(path: str) -> None:
-    """OSError, within seconds, when the hub cannot be asked about a dataset: its own libraries retry for minutes."""
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() not in ("", "0", "FALSE", "NO", "OFF"):
-        raise OSError("HF_HUB_OFFLINE is set")
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    urllib.request.urlopen(f"{endpoint}/api/datasets/{path}", timeout=10).close()
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @functools.cache
 def hub_splits(path: str, name: str | None) -> dict:
-    """Streaming splits of a hub dataset, or of a local folder laid out like one. BadInput when it cannot be had."""
+    """Streaming splits of a hub dataset, or of a local folder laid out like one. BadInput when it
+    cannot be had."""
+    import datasets
+    import huggingface_hub
+
     try:
-        if not os.path.isdir(path):
-            ask_hub(path)
-        import datasets
-
+        if not os.path.isdir(path):  # `datasets` would retry for minutes
+            huggingface_hub.HfApi().dataset_info(path, timeout=10)
         return datasets.load_dataset(path, name, streaming=True)
-    except Exception as e:  # any of several libraries
-        why = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise BadInput(f"cannot stream {path} from the Hugging Face hub ({why}); use a local corpus") from None
+    except Exception as e:  # of several libraries
+        why = first_line(e)
+        raise BadInput(f"cannot stream {path} from the Hugging Face hub ({why}); "
+                       "use a local corpus") from None
 
 
-def hub_documents(path: str, name: str | None, split: str, index: int, key: str) -> Iterator["str | BadInput"]:
+def hub_documents(
+    path: str, name: str | None, split: str, index: int, key: str
+) -> Iterator["str | BadInput"]:
     """Documents of one file of a hub dataset. Arrow batches: row by row it takes twice the time."""
     dataset = hub_splits(path, name)[split]
-    n = 0
+    where = f"{path} {split} file {index}"
+    first = 1
     try:
         for table in dataset.shard(dataset.num_shards, index).with_format("arrow").iter(1000):
             column = table[key].to_pylist() if key in table.column_names else [None] * len(table)
-            for text in column:
-                n += 1
-                yield text_in({key: text}, key, f"{path} {split} file {index} row {n}")
+            for n, text in enumerate(column, first):
+                yield text_in({key: text}, key, f"{where} row {n}")
+            first += len(table)
     except Exception as e:  # after minutes of retries by the libraries below
-        why = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise BadInput(f"{path} {split} file {index} broke off ({why}); the same command continues") from None
+        raise BadInput(f"{where} broke off ({first_line(e)}); the same command continues") from None
 
 
 def find_items(source: str) -> tuple[list[tuple], list[tuple], str]:
-    """Cut a source into work items, each read by one process: (train, its own validation split, fingerprint).
+    """Cut a source into work items, each read by one process: (train, its own validation split,
+    fingerprint).
 
-    The fingerprint changes when the source does, as far as can be told without reading it.
+    The fingerprint changes when the source does, as far as can be told without reading all of it.
     """
     if source == "docstrings":
         packages = sorted(f"{d.name} {d.version}" for d in importlib.metadata.distributions())
         return [("docstrings",)], [], sys.version + ", ".join(packages)
     if source == "c4" or source.startswith("hub:"):
-        path, _, name = ("allenai/c4:en" if source == "c4" else source.removeprefix("hub:")).partition(":")
+        path = "allenai/c4:en" if source == "c4" else source.removeprefix("hub:")
+        path, _, name = path.partition(":")
         splits = hub_splits(path, name or None)
         if "train" not in splits:
-            raise BadInput(f"the dataset {path} has no split named train, only {', '.join(splits)}")
-        train, val = (
-            [("hub", path, name or None, split, i) for i in range(splits[split].num_shards if split in splits else 0)]
-            for split in ("train", "validation")
-        )
-        return train, val, f"{len(train)} {len(val)}"
+            given = ", ".join(splits)
+            raise BadInput(f"the dataset {path} has no split named train, only {given}")
+        files = {split: range(splits[split].num_shards) for split in splits}
+        train, val = ([("hub", path, name or None, split, i) for i in files.get(split, ())]
+                      for split in ("train", "validation"))
+        return train, val, f"{path} {name} {len(train)} {len(val)}"
     pattern = os.path.join(glob.escape(source), "**") if os.path.isdir(source) else source
-    paths = [source] if os.path.isfile(source) else sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
-    usable = [p for p in paths if SUFFIXES.search(p)]
+    found = [source] if os.path.isfile(source) else glob.glob(pattern, recursive=True)
+    usable = sorted(p for p in found if os.path.isfile(p) and SUFFIXES.search(p))
     if not usable:
-        there = "holds" if os.path.isdir(source) else "is" if paths else ""
-        what = f"{there} no .jsonl(.gz|.zst), .parquet or .txt(.gz|.zst)" if there else "does not exist"
-        raise BadInput(f"the corpus {source} {what}; others: docstrings, c4, hub:owner/name, a folder, a quoted glob")
+        what = "holds" if os.path.isdir(source) else "is" if found else "does not exist"
+        if found:
+            what += " no .jsonl(.gz|.zst), .parquet or .txt(.gz|.zst)"
+        raise BadInput(f"the corpus {source} {what}; others: docstrings, c4, hub:owner/name, "
+                       "a folder, a quoted glob")
     items, group, size = [], [], 0
-    for path in usable:  # small files share an item: ten thousand of them are not ten thousand shards
+    for path in usable:  # small files share an item: ten thousand of them are not as many shards
         group.append(path)
         size += os.path.getsize(path)
         if size >= ITEM_BYTES or path == usable[-1]:
             items.append(("files", group))
             group, size = [], 0
-    return items, [], ", ".join(f"{os.path.basename(p)} {os.path.getsize(p)}" for p in usable)
+    return items, [], " ".join(map(file_identity, usable))
+
+
+def file_identity(path: str) -> str:
+    """Name, size and a hash of the first and last 64 kB of a file, wherever it lies."""
+    with open(path, "rb") as f:
+        size, ends = os.path.getsize(path), f.read(1 << 16)
+        f.seek(max(0, size - (1 << 16)))
+        ends += f.read()
+    return f"{os.path.basename(path)} {size} {hashlib.blake2b(ends, digest_size=8).hexdigest()}"
 
 
 def item_documents(item: tuple, key: str) -> Iterator["str | BadInput"]:

@@ -1,1 +1,1 @@
-"""A checkpoint for transformers, sentence-transformers, ONNX: python -m export.huggingface."""
+"""Hand a checkpoint to transformers, sentence-transformers or ONNX: `python -m export.huggingface`."""
