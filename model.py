@@ -1,23 +1,23 @@
 """The encoder: MosaicBERT and the BERT it is compared with, each ingredient a switch.
 
     from model import MaskedLM, EncoderConfig, PRESETS
-    model = MaskedLM(EncoderConfig(**PRESETS["mosaic-base"]))                 # 137,400,384 parameters
-    model = MaskedLM.from_pretrained("runs/mine/ckpt/step_00000400")          # own checkpoint
-    model = MaskedLM.from_pretrained("mosaicml/mosaic-bert-base")             # official MosaicBERT
-    model = MaskedLM.from_pretrained("bert-base-uncased")                     # Hugging Face BERT
+    model = MaskedLM(EncoderConfig(**PRESETS["mosaic-base"]))            # 137,400,384 parameters
+    model = MaskedLM.from_pretrained("runs/mine/ckpt/step_00000400")     # own checkpoint
+    model = MaskedLM.from_pretrained("mosaicml/mosaic-bert-base")        # official MosaicBERT
+    model = MaskedLM.from_pretrained("bert-base-uncased")                # Hugging Face BERT
 
-Two ways in. The training path is flat: documents lie end to end in one `(T,)` row of ids, `cu_seqlens (B+1,)`
-says where each begins, and padding never exists. The front door takes the usual `(B, S)` ids with a mask,
-drops the padding once before the embedding and puts it back once at the end.
+Two ways in. The training path is flat: documents lie end to end in one `(T,)` row of ids,
+`cu_seqlens (B+1,)` says where each begins, and padding never exists. The front door takes the usual
+`(B, S)` ids with a mask, drops the padding once before the embedding and puts it back at the end.
 
 What MosaicBERT (Portes et al. 2023, arXiv 2312.17482) changes in BERT, and where to find it below:
-  ALiBi instead of learned positions      Attention      no position table, runs longer than it was trained
-  GeGLU instead of GELU                   FeedForward    +25 % parameters, better loss at every budget
-  no attention dropout                    Attention      what lets flash attention be used at all
-  no padding                              Encoder        every matmul sees real tokens only
-  low-precision LayerNorm                 LayerNorm      half the bytes of the memory-bound step
-  vocabulary a multiple of 64             Embeddings     tensor cores like it
-  head and last layer on masked tokens    Layer, MlmHead 70 % of the last layer and of the vocabulary matmul saved
+  ALiBi instead of learned positions     Attention       no position table, no longest text
+  GeGLU instead of GELU                  FeedForward     +25 % parameters, better at every budget
+  no attention dropout                   Attention       what lets flash attention be used at all
+  no padding                             Encoder         every matmul sees real tokens only
+  low-precision LayerNorm                LayerNorm       half the bytes of the memory-bound step
+  vocabulary a multiple of 64            Embeddings      tensor cores like it
+  head, last layer: masked tokens only   Layer, MlmHead  saves 70 % of both
 """
 
 import json
@@ -36,24 +36,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels import (
-    alibi_slopes,
-    attention_backend,
-    gather_rows,
-    geglu,
-    keep_mask,
-    masked_cross_entropy,
-    scatter_rows,
-    unpad,
-    varlen_attention,
-)
+import kernels
 
 # ----------------------------------------------------------------------------- config
 
 
 @dataclass
 class EncoderConfig:
-    """Shape and ingredients of an encoder. Every field can be set from the command line of pretrain.py."""
+    """Shape and ingredients of an encoder; each is a flag of pretrain.py (--model.n_layers 6)."""
 
     vocab_size: int = 30_528  # entries of the tokenizer
     n_layers: int = 12
@@ -61,24 +51,26 @@ class EncoderConfig:
     d_model: int = 768  # width of the residual stream
     d_ff: int = 3_072  # width of the feed-forward; of each of the two halves for geglu
     position: Literal["alibi", "learned", "rope", "rope-alibi"] = "alibi"
-    alibi_ratio: float = 1.0  # slopes of one side over the other's; 1, MosaicBERT, is blind to order
+    alibi_ratio: float = 1.0  # slopes of one side over the other's; 1 (MosaicBERT): order-blind
     rope_base: float = 1_000.0  # longest wavelength 2 pi base tokens
     max_positions: int = 512  # rows of the position table; ALiBi has no table and no limit
     mlp: Literal["geglu", "gelu"] = "geglu"
-    norm: Literal["post", "pre"] = "post"  # post: LN(x + f(x)), as BERT; pre: x + f(LN(x)) and a final LN
+    # post: LN(x + f(x)), as BERT; pre: x + f(LN(x)) and a final LN
+    norm: Literal["post", "pre"] = "post"
     low_precision_norm: bool = True  # LayerNorm in the autocast dtype instead of fp32
     bias: bool = True  # in the linear layers; geglu's first has none in either case, as upstream
     embedding_dropout: float = 0.1
     attention_dropout: float = 0.0  # on the attention weights; Triton has none, so "padded" runs
     output_dropout: float = 0.1  # after attention's output projection
-    mlp_dropout: float = 0.1  # geglu: before the last projection (MosaicBERT); gelu: after it (BERT)
+    mlp_dropout: float = 0.1  # geglu: before the last projection (MosaicBERT); gelu: after (BERT)
     classifier_dropout: float = 0.1  # before the classifiers of fine-tuning
     # auto: Triton on CUDA (padded with attention_dropout), cpu elsewhere
     attention: Literal["auto", "triton", "cpu", "padded"] = "auto"
-    masked_only_last_layer: bool = True  # last layer's projection and feed-forward on the rows asked for
+    masked_only_last_layer: bool = True  # last layer after attention: on the rows asked for only
     vocab_multiple: int = 64  # pad the embedding to a multiple of this
     tie_head: bool = True  # the MLM decoder is the transposed embedding
-    activation_checkpointing: bool = False  # recompute each layer in the backward: less memory, 1/3 more FLOPs
+    # recompute each layer in the backward: less memory, a third more FLOPs
+    activation_checkpointing: bool = False
     n_token_types: int = 2
     norm_eps: float = 1e-12
 
@@ -88,18 +80,17 @@ class EncoderConfig:
 
     def check(self) -> None:
         """Refuse what cannot work: ValueError with one sentence. Every model calls this first."""
-        for name in ("vocab_size", "n_layers", "n_heads", "d_model", "d_ff", "vocab_multiple", "n_token_types"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.d_model % self.n_heads:
-            raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name.endswith("_dropout") and not 0.0 <= value < 1.0:
-                raise ValueError(f"{field.name} is {value}; it must be in [0, 1)")
+            name, value = field.name, getattr(self, field.name)
+            if field.type is int and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+            if name.endswith("_dropout") and not 0.0 <= value < 1.0:
+                raise ValueError(f"{name} is {value}; it must be in [0, 1)")
             allowed = getattr(field.type, "__args__", None)
             if allowed and value not in allowed:
-                raise ValueError(f"{field.name} is {value!r}; choose from {', '.join(allowed)}")
+                raise ValueError(f"{name} is {value!r}; choose from {', '.join(allowed)}")
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
         if self.attention_dropout and self.attention == "triton":
             raise ValueError(
                 f"attention_dropout {self.attention_dropout} does not go with attention='triton', "
@@ -109,26 +100,21 @@ class EncoderConfig:
             raise ValueError(f"alibi_ratio is {self.alibi_ratio}; it must be above 0")
         if not 1 < self.rope_base < float("inf"):
             raise ValueError(f"rope_base is {self.rope_base}; it must be above 1")
-        if "rope" in self.position and self.d_model // self.n_heads % 2:
-            raise ValueError(f"RoPE turns pairs of columns: {self.d_model // self.n_heads} a head is odd")
-        if self.position == "learned" and self.max_positions < 1:
-            raise ValueError(f"max_positions is {self.max_positions}; learned positions need at least 1")
+        if "rope" in self.position and (width := self.d_model // self.n_heads) % 2:
+            raise ValueError(f"RoPE turns pairs of columns: {width} a head is odd")
 
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding: vocab_size rounded up to vocab_multiple."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
-    def to_dict(self) -> dict:
-        """Plain dict for config.json; EncoderConfig(**d) is its inverse."""
-        return asdict(self)
 
-
-# how a model computes and is trained, but not what its weights are: weights from elsewhere go with any of these
+# How a model computes and is trained, but not what its weights are: weights from elsewhere go with
+# any of these.
 NOT_IN_THE_WEIGHTS = {
-    "embedding_dropout", "attention_dropout", "output_dropout", "mlp_dropout", "classifier_dropout", "attention",
-    "low_precision_norm", "masked_only_last_layer", "activation_checkpointing",
-}  # fmt: skip
+    "embedding_dropout", "attention_dropout", "output_dropout", "mlp_dropout", "classifier_dropout",
+    "attention", "low_precision_norm", "masked_only_last_layer", "activation_checkpointing",
+}
 MOSAIC = dict(position="alibi", mlp="geglu", attention_dropout=0.0, low_precision_norm=True)
 BERT = dict(position="learned", mlp="gelu", attention_dropout=0.1, low_precision_norm=False)
 BASE = dict(n_layers=12, n_heads=12, d_model=768, d_ff=3_072)
@@ -152,53 +138,52 @@ PRESETS: dict[str, dict] = {
 def flops_per_token(cfg: EncoderConfig, s_eff: float, masked_share: float) -> float:
     """Training FLOPs (forward + backward) per real token, the numerator of MFU.
 
-    `6 N_layers + 12 L d s_eff + 6 p (d² + d V)`: every weight of a layer does 2 FLOPs forward and 4 backward,
-    attention's two matmuls see `s_eff` keys a token (E[len²]/E[len] over the documents), the MLM head runs on
-    the masked share `p` only. Embeddings are look-ups and count nothing; neither is the last layer's saving
-    subtracted, so that the number compares with other codebases.
+    `6 N_layers + 12 L d s_eff + 6 p (d² + d V)`: every weight of a layer does 2 FLOPs forward and 4
+    backward, attention's two matmuls see `s_eff` keys a token (E[len²]/E[len] over the documents),
+    the MLM head runs on the masked share `p` only. Embeddings are look-ups and count nothing. The
+    last layer's saving is not subtracted, so that the number compares with other codebases.
     """
     d, ff = cfg.d_model, cfg.d_ff
     per_layer = 4 * d * d + (2 if cfg.mlp == "gelu" else 3) * d * ff
     attention = 12 * cfg.n_layers * d * s_eff
-    return 6 * cfg.n_layers * per_layer + attention + 6 * masked_share * (d * d + d * cfg.padded_vocab_size)
+    head = 6 * masked_share * (d * d + d * cfg.padded_vocab_size)
+    return 6 * cfg.n_layers * per_layer + attention + head
 
 
 # ----------------------------------------------------------------------------- layers
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(nn.LayerNorm):
     """LayerNorm over the last axis, in the autocast dtype when `low_precision` is set.
 
-    Under autocast PyTorch runs LayerNorm in fp32: it reads and writes twice the bytes of bf16 in a step that is
-    bound by memory. MosaicBERT casts input, weight and bias down and switches autocast off; the statistics are
-    still accumulated in fp32 inside the kernel. Without autocast the switch has no effect.
+    Under autocast PyTorch runs LayerNorm in fp32: it reads and writes twice the bytes of bf16 in a
+    step that is bound by memory. MosaicBERT casts input, weight and bias down and switches autocast
+    off; the kernel still sums in fp32. Without autocast the switch has no effect.
     """
 
-    def __init__(self, d: int, eps: float, low_precision: bool):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(d))
-        self.bias = nn.Parameter(torch.zeros(d))
-        self.eps = eps
-        self.low_precision = low_precision
+    def __init__(self, cfg: EncoderConfig):
+        super().__init__(cfg.d_model, cfg.norm_eps)
+        self.low_precision = cfg.low_precision_norm
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
         if not torch.is_autocast_enabled(device):
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+            return super().forward(x)
         dtype = torch.get_autocast_dtype(device) if self.low_precision else torch.float32
         with torch.autocast(device, enabled=False):
             weight, bias = self.weight.to(dtype), self.bias.to(dtype)
-            return F.layer_norm(x.to(dtype), self.weight.shape, weight, bias, self.eps)
+            return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps)
 
 
 class Dropout(nn.Dropout):
     """nn.Dropout, whose mask alone takes an eager CPU a tenth of MosaicBERT's step."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.p or x.device.type != "cpu" or torch.compiler.is_compiling():
+        idle = not self.training or not self.p
+        if idle or x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
-        keep, factor = keep_mask(x, self.p)
-        return (x * keep).mul_(factor)
+        keep, scale = kernels.keep_mask(x, self.p)
+        return (x * keep).mul_(scale)
 
 
 class Embeddings(nn.Module):
@@ -206,109 +191,108 @@ class Embeddings(nn.Module):
 
     def __init__(self, cfg: EncoderConfig):
         super().__init__()
-        # MosaicBERT: 30,522 entries become 30,528 = 64 · 477, which the tensor cores multiply faster
+        # MosaicBERT: 30,522 entries become 30,528 = 64 · 477, which tensor cores multiply faster
         self.word = nn.Embedding(cfg.padded_vocab_size, cfg.d_model)
         self.token_type = nn.Embedding(cfg.n_token_types, cfg.d_model)
-        # MosaicBERT: no position table; ALiBi puts distance on the attention scores, so nothing is outgrown
-        self.position = nn.Embedding(cfg.max_positions, cfg.d_model) if cfg.position == "learned" else None
-        self.norm = LayerNorm(cfg.d_model, cfg.norm_eps, cfg.low_precision_norm)
+        # MosaicBERT: no position table; ALiBi puts distance on the scores, so nothing is outgrown
+        learned = cfg.position == "learned"
+        self.position = nn.Embedding(cfg.max_positions, cfg.d_model) if learned else None
+        self.norm = LayerNorm(cfg)
         self.dropout = Dropout(cfg.embedding_dropout)
 
-    def forward(self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None) -> Tensor:
-        x = self.word(input_ids)  # (T, d)
-        if token_type_ids is None:
-            x = x + self.token_type.weight[0]
-        else:
-            x = x + self.token_type(token_type_ids)
+    def forward(self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids=None) -> Tensor:
+        types = token_type_ids
+        types = self.token_type.weight[0] if types is None else self.token_type(types)
+        x = self.word(input_ids) + types  # (T, d)
         if self.position is not None:
             place = torch.arange(len(input_ids), device=input_ids.device)
-            document = torch.searchsorted(cu_seqlens[1:], place, right=True)  # (T,) which document a token is in
+            # (T,) which document a token is in; rows behind the last one clamp to some position
+            document = torch.searchsorted(cu_seqlens[1:], place, right=True)
             place = place - cu_seqlens[document]
-            x = x + self.position(place.clamp(max=self.position.num_embeddings - 1))  # rows behind the last document
+            x = x + self.position(place.clamp(max=self.position.num_embeddings - 1))
         return self.dropout(self.norm(x))
 
 
 class Attention(nn.Module):
     """Multi-head self-attention inside each document, with ALiBi where the config says so.
 
-    ALiBi (Press et al. 2022) adds -slope_h·|i - j| to the scores; |.| because an encoder looks both ways. With
-    no table and no (B, H, S, S) bias in memory, a model trained at 128 tokens runs at 8,192.
+    ALiBi (Press et al. 2022) adds -slope_h·|i - j| to the scores; |.| because an encoder looks both
+    ways. With no table and no (B, H, S, S) bias, a model trained at 128 tokens runs at 8,192.
     """
 
     def __init__(self, cfg: EncoderConfig):
         super().__init__()
         self.n_heads = cfg.n_heads
         self.asked = cfg.attention, cfg.attention_dropout
-        # MosaicBERT: none. It would have to be drawn inside the flash kernel, and "often slows things down"
+        # MosaicBERT: none. It would be drawn inside the flash kernel, and "often slows things down"
         self.dropout = cfg.attention_dropout
         self.qkv = nn.Linear(cfg.d_model, 3 * cfg.d_model, bias=cfg.bias)
-        slopes = alibi_slopes(cfg.n_heads, cfg.alibi_ratio) if "alibi" in cfg.position else None
         self.rope_base = cfg.rope_base if "rope" in cfg.position else 0.0
+        alibi = "alibi" in cfg.position
+        slopes = kernels.alibi_slopes(cfg.n_heads, cfg.alibi_ratio) if alibi else None
         self.register_buffer("slopes", slopes, persistent=False)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, tiles: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, tiles: Tensor | None):
         T, d = x.shape
         qkv = self.qkv(x).view(T, 3, self.n_heads, d // self.n_heads)  # (T, 3, H, D)
         dropout = self.dropout if self.training else 0.0
         # the seed makes the backward draw the forward's mask again instead of keeping it
         seed = torch.randint(2**62, (), dtype=torch.int64) if dropout else None
         slopes = None if self.slopes is None else self.slopes.float()
-        backend, _ = attention_backend(x.device.type, *self.asked)  # in evaluation that of training
-        how = dict(rope_base=self.rope_base, tiles=tiles, dropout_p=dropout, seed=seed, backend=backend)
-        out = varlen_attention(qkv, cu_seqlens, max_seqlen, slopes, **how)  # (T, H, D)
+        # in evaluation the backend of training
+        backend, _ = kernels.attention_backend(x.device.type, *self.asked)
+        how = dict(rope_base=self.rope_base, tiles=tiles, dropout_p=dropout, seed=seed)
+        out = kernels.varlen_attention(qkv, cu_seqlens, max_seqlen, slopes, backend=backend, **how)
         return out.view(T, d)
 
 
 class FeedForward(nn.Module):
     """GeGLU (MosaicBERT) or GELU (BERT), exact erf in both.
 
-    GeGLU: `out(gelu(a) * b)` with a, b the halves of one projection (Shazeer 2020). MosaicBERT keeps d_ff at
-    BERT's 3,072 for each half: more parameters, and still better at equal time.
+    GeGLU: `out(gelu(a) * b)`, a and b the halves of one projection (Shazeer 2020). MosaicBERT keeps
+    d_ff at BERT's 3,072 for each half: more parameters, and still better at equal time.
     """
 
     def __init__(self, cfg: EncoderConfig):
         super().__init__()
-        self.gated = cfg.mlp != "gelu"
-        if self.gated:
-            self.inp = nn.Linear(cfg.d_model, 2 * cfg.d_ff, bias=False)
-        else:
-            self.inp = nn.Linear(cfg.d_model, cfg.d_ff, bias=cfg.bias)
+        self.gated = cfg.mlp == "geglu"
+        width, bias = (2 * cfg.d_ff, False) if self.gated else (cfg.d_ff, cfg.bias)
+        self.inp = nn.Linear(cfg.d_model, width, bias=bias)
         self.out = nn.Linear(cfg.d_ff, cfg.d_model, bias=cfg.bias)
         self.dropout = Dropout(cfg.mlp_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.inp(x)  # (T, 2 d_ff) or (T, d_ff)
-        if self.gated:
-            if torch.compiler.is_compiling():  # Inductor fuses this; without it there is a kernel
-                gate, up = h.chunk(2, dim=-1)
-                product = F.gelu(gate) * up
-            else:
-                product = geglu(h)
-            # MosaicBERT: dropout sits on the product, before the last projection; BERT has it behind
-            return self.out(self.dropout(product))
-        return self.dropout(self.out(F.gelu(h)))
+        if not self.gated:
+            return self.dropout(self.out(F.gelu(h)))
+        if torch.compiler.is_compiling():  # Inductor fuses this; without it there is a kernel
+            gate, up = h.chunk(2, dim=-1)
+            product = F.gelu(gate) * up
+        else:
+            product = kernels.geglu(h)
+        # MosaicBERT: dropout sits on the product, before the last projection; BERT has it behind
+        return self.out(self.dropout(product))
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward with residuals. `rows` limits everything after attention to those rows."""
+    """Attention and feed-forward with residuals. What follows attention runs on `rows` only."""
 
     def __init__(self, cfg: EncoderConfig):
         super().__init__()
         self.pre_norm = cfg.norm == "pre"
         self.attention = Attention(cfg)
         self.attention_out = nn.Linear(cfg.d_model, cfg.d_model, bias=cfg.bias)
-        self.attention_norm = LayerNorm(cfg.d_model, cfg.norm_eps, cfg.low_precision_norm)
+        self.attention_norm = LayerNorm(cfg)
         self.mlp = FeedForward(cfg)
-        self.mlp_norm = LayerNorm(cfg.d_model, cfg.norm_eps, cfg.low_precision_norm)
+        self.mlp_norm = LayerNorm(cfg)
         self.dropout = Dropout(cfg.output_dropout)
 
-    def forward(
-        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, tiles: Tensor | None, rows: Tensor | None
-    ) -> Tensor:
-        h = self.attention(self.attention_norm(x) if self.pre_norm else x, cu_seqlens, max_seqlen, tiles)  # (T, d)
-        # MosaicBERT: in the last layer keys and values are needed everywhere, the rest only where it is looked at
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, tiles, rows) -> Tensor:
+        h = self.attention_norm(x) if self.pre_norm else x
+        h = self.attention(h, cu_seqlens, max_seqlen, tiles)  # (T, d)
+        # MosaicBERT: the last layer needs keys and values everywhere, the rest only on `rows`
         if rows is not None:
-            h, x = gather_rows(h, rows), gather_rows(x, rows)  # (R, d)
+            h, x = kernels.gather_rows(h, rows), kernels.gather_rows(x, rows)  # (R, d)
         h = self.dropout(self.attention_out(h))
         if self.pre_norm:
             x = x + h
@@ -323,11 +307,16 @@ class Layer(nn.Module):
 class Pretrained(nn.Module):
     """What the encoder and the models with a head share: initialisation, saving, loading."""
 
-    cfg: EncoderConfig
-    new_keys: list[str]  # filled by from_pretrained: parameters the checkpoint did not have
+    def __init__(self, cfg: EncoderConfig, n_labels: int = 1):
+        super().__init__()
+        cfg.check()
+        if n_labels < 1:
+            raise ValueError(f"n_labels is {n_labels}; give at least 1 (1 = regression)")
+        self.cfg, self.n_labels = cfg, n_labels
+        self.new_keys: list[str] = []  # by from_pretrained: parameters the checkpoint did not have
 
     def init_weights(self) -> None:
-        """BERT's initialisation: matrices and embeddings N(0, 0.02), biases 0, LayerNorm 1 and 0."""
+        """BERT's initialisation: matrices, embeddings N(0, 0.02), biases 0, LayerNorm 1 and 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -342,23 +331,23 @@ class Pretrained(nn.Module):
         """Write config.json and model.safetensors into `folder` (made if missing)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"model_type": "nanomosaicbert", "head": type(self).__name__, **self.cfg.to_dict()}
-        if hasattr(self, "n_labels"):
+        config = {"model_type": "nanomosaicbert", "head": type(self).__name__, **asdict(self.cfg)}
+        if isinstance(self, SequenceClassifier | TokenClassifier):
             config["n_labels"] = self.n_labels
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        tied = {"head.decoder.weight"} if self.cfg.tie_head else set()  # stored once, as the embedding
-        weights = {k: v.detach().contiguous() for k, v in self.state_dict().items() if k not in tied}
+        tied = {"head.decoder.weight"} if self.cfg.tie_head else set()  # stored as the embedding
+        weights = {k: v.contiguous() for k, v in self.state_dict().items() if k not in tied}
         save_file(weights, folder / "model.safetensors")
 
     @classmethod
     def from_pretrained(cls, path_or_name: str | Path, n_labels: int | None = None, **overrides):
         """Load an own checkpoint, an official MosaicBERT or a Hugging Face BERT.
 
-        path_or_name: folder with config.json and model.safetensors or pytorch_model.bin, or a name on the hub.
-        n_labels: for the classifiers; None takes the checkpoint's, another number than its gets a new classifier.
-        overrides: fields of EncoderConfig, e.g. `embedding_dropout=0.0`.
-        The encoder's weights must all be there, of the right shape, and nothing unknown beside them; a head the
-        checkpoint does not have is initialised and named in `.new_keys`. Raises ValueError in one line otherwise.
+        path_or_name: folder with config.json and model.safetensors or pytorch_model.bin, or a name
+        on the hub. n_labels: for the classifiers; None takes the checkpoint's, another number than
+        its gets a new classifier. overrides: fields of EncoderConfig, e.g. `mlp_dropout=0.0`.
+        The encoder's weights must be there, all of them, in their shapes, and nothing else; a head
+        the checkpoint lacks is initialised and named in `.new_keys`. Otherwise one-line ValueError.
         """
         folder = find_folder(path_or_name)
         try:
@@ -368,18 +357,22 @@ class Pretrained(nn.Module):
         weights = _read_weights(folder)
         if config.get("model_type") == "nanomosaicbert":
             kwargs = {f.name: config[f.name] for f in fields(EncoderConfig) if f.name in config}
+            # in an export the pooler is part of the classifier, see ClassificationHead there
+            for theirs, ours in ("classifier.pooler", "pooler"), ("classifier.out", "classifier"):
+                weights = {k.replace(theirs, ours): v for k, v in weights.items()}
         else:
             try:
                 kwargs, weights = _from_hf_layout(config, weights)
             except KeyError as e:
                 raise ValueError(f"{folder}/config.json has no {e}") from None
-        stored = weights.get("classifier.weight")
-        if n_labels is None:
-            n_labels = None if stored is None else len(stored)
-        elif stored is not None and len(stored) != n_labels:  # a classifier for other classes is of no use
-            weights = {k: v for k, v in weights.items() if not k.startswith("classifier.")}
         cfg = replace(EncoderConfig(**kwargs), **overrides)
-        model = cls(cfg, n_labels) if issubclass(cls, SequenceClassifier | TokenClassifier) else cls(cfg)
+        if not issubclass(cls, SequenceClassifier | TokenClassifier):
+            model = cls(cfg)
+        else:
+            stored = len(weights.get("classifier.weight", ()))
+            model = cls(cfg, n_labels or stored)
+            if model.n_labels != stored:  # a classifier for other classes is of no use
+                weights = {k: v for k, v in weights.items() if not k.startswith("classifier.")}
         _load_weights(model, weights, str(path_or_name))
         return model
 
@@ -388,36 +381,27 @@ class Encoder(Pretrained):
     """Token ids in, hidden states out."""
 
     def __init__(self, cfg: EncoderConfig):
-        super().__init__()
-        cfg.check()
-        self.cfg = cfg
-        self.new_keys = []
+        super().__init__(cfg)
         self.embeddings = Embeddings(cfg)
         self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.n_layers))
-        pre = cfg.norm == "pre"
-        self.final_norm = LayerNorm(cfg.d_model, cfg.norm_eps, cfg.low_precision_norm) if pre else None
+        self.final_norm = LayerNorm(cfg) if cfg.norm == "pre" else None
         self.init_weights()
 
     def flat(
-        self,
-        input_ids: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        token_type_ids: Tensor | None = None,
-        tiles: Tensor | None = None,
-        rows: Tensor | None = None,
+        self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, token_type_ids=None,
+        tiles: Tensor | None = None, rows: Tensor | None = None,
     ) -> Tensor:
         """The training path. Padding does not exist here.
 
-        input_ids (T,) int64 · cu_seqlens (B+1,) int32, from 0 to at most T, repeats allowed (empty documents) ·
-        max_seqlen: no document is longer · token_type_ids (T,), default all 0 · tiles: kernels.attention_tiles, the
-        work list of the Triton kernels, optional · rows (R,) int64: the rows wanted.
-        Returns (T, d), or (R, d) with `rows`. Rows behind the last document touch no other and mean nothing.
+        input_ids (T,) int64 · cu_seqlens (B+1,) int32, from 0 to at most T, repeats allowed (empty
+        documents) · max_seqlen: no document is longer · token_type_ids (T,), default all 0 · tiles:
+        kernels.attention_tiles, optional work list of the Triton kernels · rows (R,) int64: those
+        wanted. Returns (T, d), or (R, d) with `rows`. Rows behind the last document mean nothing.
         """
         if self.cfg.position == "learned" and max_seqlen > self.cfg.max_positions:
             raise ValueError(
-                f"a document of {max_seqlen} tokens does not fit the {self.cfg.max_positions} learned positions; "
-                "cut it, raise max_positions, or use ALiBi"
+                f"a document of {max_seqlen} tokens does not fit the {self.cfg.max_positions} "
+                "learned positions; cut it, raise max_positions, or use ALiBi"
             )
         x = self.embeddings(input_ids, cu_seqlens, token_type_ids)
         for i, layer in enumerate(self.layers):
@@ -428,40 +412,32 @@ class Encoder(Pretrained):
             else:
                 x = layer(*args)
         if rows is not None and not self.cfg.masked_only_last_layer:
-            x = gather_rows(x, rows)
+            x = kernels.gather_rows(x, rows)
         return x if self.final_norm is None else self.final_norm(x)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        **documents,
-    ) -> Tensor:
-        """Hidden states: (B, S, d) of a padded batch, zero at the padding; (T, d) of a flat one (cu_seqlens given).
+    def forward(self, *inputs, **documents) -> Tensor:
+        """Hidden states: (B, S, d) of a padded batch, zero at the padding; (T, d) of a flat one.
 
-        `documents`, here and in every head: cu_seqlens, max_seqlen and perhaps tiles, as in `flat`.
+        Here and in every head `inputs` are input_ids, attention_mask and token_type_ids, the last
+        two optional; `documents` make a batch flat: cu_seqlens, max_seqlen and perhaps tiles.
         """
-        flat, padding = _as_flat(input_ids, attention_mask, token_type_ids, documents)
+        flat, padding = _as_flat(*inputs, **documents)
         return _pad_again(self.flat(**flat), padding)
 
 
-def _as_flat(
-    input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None, documents: dict
-) -> tuple[dict, tuple | None]:
-    """Both front doors: -> arguments of Encoder.flat, and what _pad_again needs (None: the batch was flat)."""
+def _as_flat(input_ids: Tensor, attention_mask=None, token_type_ids=None, **documents):
+    """Either batch -> arguments of Encoder.flat, and what _pad_again needs (None: it was flat)."""
     if documents.get("cu_seqlens") is not None:
         return dict(input_ids=input_ids, token_type_ids=token_type_ids, **documents), None
     if input_ids.dim() != 2:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; without cu_seqlens it must be (B, S)")
-    if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
-    real = attention_mask.bool()
+        shape = tuple(input_ids.shape)
+        raise ValueError(f"input_ids has shape {shape}; without cu_seqlens it must be (B, S)")
+    real = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
     if bool((real[:, 1:] & ~real[:, :-1]).sum(1).add(real[:, 0]).gt(1).any()):
         raise ValueError("attention_mask has a hole inside a row; documents must be contiguous")
     if not bool(real.any()):
         raise ValueError("attention_mask hides every token of the batch")
-    ids, where, cu_seqlens, max_seqlen = unpad(input_ids.unsqueeze(-1), real)
+    ids, where, cu_seqlens, max_seqlen = kernels.unpad(input_ids.unsqueeze(-1), real)
     flat = dict(input_ids=ids.squeeze(-1), cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
     if token_type_ids is not None:
         flat["token_type_ids"] = token_type_ids.reshape(-1)[where]
@@ -473,32 +449,33 @@ def _pad_again(x: Tensor, padding: tuple | None) -> Tensor:
     if padding is None:
         return x
     where, (B, S) = padding
-    return scatter_rows(x, where, B * S).view(B, S, -1)
+    return kernels.scatter_rows(x, where, B * S).view(B, S, -1)
 
 
 # ----------------------------------------------------------------------------- heads
 
 
 class DecoderLoss(torch.autograd.Function):
-    """Vocabulary matmul and masked cross entropy in one: h (M, d), weight (V, d), bias (V,), labels (M,) -> (loss
-    summed over M, number of right guesses).
+    """Vocabulary matmul and masked cross entropy in one: h (M, d), weight (V, d), bias (V,), labels
+    (M,) -> (loss summed over M, number of correct predictions).
 
-    The cross entropy leaves its gradient where the logits were. Scaling that (M, V) by what comes from above would take
-    a second one of them; here the factor goes onto h and onto the results, which are small.
+    The cross entropy leaves its gradient where the logits were. Scaling that (M, V) by the gradient
+    from above would take a second one of them; here the scale goes onto h and onto the results,
+    which are small.
     """
 
     @staticmethod
-    def forward(ctx, h: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx, h: Tensor, weight: Tensor, bias: Tensor, labels: Tensor):
         gradient = F.linear(h, weight, bias)  # the logits, for now
-        loss, right = masked_cross_entropy(gradient, labels, keep_gradient=True)
+        loss, n_correct = kernels.masked_cross_entropy(gradient, labels, keep_gradient=True)
         ctx.save_for_backward(h, weight, gradient)
-        ctx.mark_non_differentiable(right)
-        return loss, right
+        ctx.mark_non_differentiable(n_correct)
+        return loss, n_correct
 
     @staticmethod
-    def backward(ctx, factor: Tensor, _) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx, scale: Tensor, _) -> tuple[Tensor, Tensor, Tensor, None]:
         h, weight, gradient = ctx.saved_tensors
-        return gradient @ weight * factor, gradient.t() @ (h * factor), gradient.sum(0) * factor, None
+        return gradient @ weight * scale, gradient.t() @ (h * scale), gradient.sum(0) * scale, None
 
 
 class MlmHead(nn.Module):
@@ -507,7 +484,7 @@ class MlmHead(nn.Module):
     def __init__(self, cfg: EncoderConfig):
         super().__init__()
         self.dense = nn.Linear(cfg.d_model, cfg.d_model)
-        self.norm = LayerNorm(cfg.d_model, cfg.norm_eps, cfg.low_precision_norm)
+        self.norm = LayerNorm(cfg)
         self.decoder = nn.Linear(cfg.d_model, cfg.padded_vocab_size)
 
     def transform(self, x: Tensor) -> Tensor:
@@ -517,77 +494,63 @@ class MlmHead(nn.Module):
         return self.decoder(self.transform(x))
 
     def loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """x (M, d), labels (M,) -> (loss summed over M, number of right guesses), fp32."""
-        h, device = self.transform(x), x.device.type
+        """x (M, d), labels (M,) -> (loss summed over M, number of correct predictions), fp32."""
+        h, device, decoder = self.transform(x), x.device.type, self.decoder
         if not torch.is_grad_enabled():
-            return masked_cross_entropy(self.decoder(h), labels)
+            return kernels.masked_cross_entropy(decoder(h), labels)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
-        return DecoderLoss.apply(h.to(dtype), self.decoder.weight.to(dtype), self.decoder.bias.to(dtype), labels)
+        weight, bias = decoder.weight.to(dtype), decoder.bias.to(dtype)
+        return DecoderLoss.apply(h.to(dtype), weight, bias, labels)
 
 
 class MaskedLM(Pretrained):
     """Encoder with the masked-language-model head."""
 
     def __init__(self, cfg: EncoderConfig):
-        super().__init__()
-        self.cfg = cfg
-        self.new_keys = []
+        super().__init__(cfg)
         self.encoder = Encoder(cfg)
         self.head = MlmHead(cfg)
         self.init_weights()
         if cfg.tie_head:
             self.head.decoder.weight = self.encoder.embeddings.word.weight
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        masked_idx: Tensor | None = None,
-        **documents,
-    ):
-        """Flat (with cu_seqlens): input_ids (T,), masked_idx (M,) rows to predict, labels (M,) their true ids.
-            Returns logits (M, V), or with labels (loss summed over M, number of right guesses), fp32: a sum, because
-            only the trainer knows how many masked tokens the whole batch has over all processes.
-        Padded: input_ids, attention_mask, labels (B, S), labels -100 where nothing is to be predicted.
-            Returns logits (B, S, V), or with labels (mean loss, logits).
+    def forward(self, *inputs, labels: Tensor | None = None, masked_idx=None, **documents):
+        """Flat (with cu_seqlens): input_ids (T,), masked_idx (M,) rows to predict, labels (M,) true
+            ids. Returns logits (M, V), or with labels (loss summed over M, number of correct
+            predictions), fp32: a sum, because only the trainer knows how many masked tokens the
+            whole batch has over all processes.
+        Padded: input_ids, attention_mask, labels (B, S), labels -100 where nothing is to be
+            predicted. Returns logits (B, S, V), or with labels (mean loss, logits).
         """
-        flat, padding = _as_flat(input_ids, attention_mask, token_type_ids, documents)
+        flat, padding = _as_flat(*inputs, **documents)
         h = self.encoder.flat(**flat, rows=masked_idx)  # (M, d) flat, (T, d) padded
         if labels is not None and padding is None:
             return self.head.loss(h, labels)
         logits = self.head(h)
         if labels is None:
             return _pad_again(logits, padding)
-        return F.cross_entropy(logits.float(), labels.reshape(-1)[padding[0]]), _pad_again(logits, padding)
+        loss = F.cross_entropy(logits.float(), labels.reshape(-1)[padding[0]])
+        return loss, _pad_again(logits, padding)
 
 
 class SequenceClassifier(Pretrained):
     """Pooler (Linear + tanh on [CLS]) -> dropout -> Linear. One label: regression.
 
-    Returns logits (B, n_labels) in fp32. Only the [CLS] row of the last layer is computed after attention.
+    Returns logits (B, n_labels) in fp32. Only the [CLS] row of the last layer is computed after
+    attention. ValueError without labels.
     """
 
     def __init__(self, cfg: EncoderConfig, n_labels: int):
-        super().__init__()
-        self.cfg, self.n_labels = cfg, _check_labels(n_labels)
-        self.new_keys = []
+        super().__init__(cfg, n_labels)
         self.encoder = Encoder(cfg)
         self.pooler = nn.Linear(cfg.d_model, cfg.d_model)
         self.dropout = Dropout(cfg.classifier_dropout)
         self.classifier = nn.Linear(cfg.d_model, n_labels)
         self.init_weights()
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        **documents,
-    ) -> Tensor:
-        """Flat (T,) ids with cu_seqlens, or padded (B, S) ids with attention_mask -> logits (B, n_labels)."""
-        flat, _ = _as_flat(input_ids, attention_mask, token_type_ids, documents)
+    def forward(self, *inputs, **documents) -> Tensor:
+        """Flat (T,) ids with cu_seqlens, or padded (B, S) ones with a mask -> (B, n_labels)."""
+        flat, _ = _as_flat(*inputs, **documents)
         cu = flat["cu_seqlens"].long()
         cls = torch.where(cu[1:] > cu[:-1], cu[:-1], -1)  # an empty document has no row of its own
         h = self.encoder.flat(**flat, rows=cls)  # (B, d)
@@ -596,58 +559,19 @@ class SequenceClassifier(Pretrained):
 
 
 class TokenClassifier(Pretrained):
-    """Dropout -> Linear on every token: named entities, part of speech. Logits (T or B, S, n_labels), fp32."""
+    """Dropout -> Linear on every token: named entities, part of speech. Logits in fp32."""
 
     def __init__(self, cfg: EncoderConfig, n_labels: int):
-        super().__init__()
-        self.cfg, self.n_labels = cfg, _check_labels(n_labels)
-        self.new_keys = []
+        super().__init__(cfg, n_labels)
         self.encoder = Encoder(cfg)
         self.dropout = Dropout(cfg.classifier_dropout)
         self.classifier = nn.Linear(cfg.d_model, n_labels)
         self.init_weights()
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        **documents,
-    ) -> Tensor:
+    def forward(self, *inputs, **documents) -> Tensor:
         """Flat: logits (T, n_labels). Padded: logits (B, S, n_labels)."""
-        h = self.encoder(input_ids, attention_mask, token_type_ids, **documents)
+        h = self.encoder(*inputs, **documents)
         return self.classifier(self.dropout(h)).float()
-
-
-class SentenceEmbedder(Pretrained):
-    """Mean of a document's hidden states, of unit length: one vector (B, d) fp32 per document."""
-
-    def __init__(self, cfg: EncoderConfig):
-        super().__init__()
-        self.cfg = cfg
-        self.new_keys = []
-        self.encoder = Encoder(cfg)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        **documents,
-    ) -> Tensor:
-        """Flat (T,) ids with cu_seqlens, or padded (B, S) ids with attention_mask -> (B, d). Empty: zeros."""
-        flat, _ = _as_flat(input_ids, attention_mask, token_type_ids, documents)
-        h, cu = self.encoder.flat(**flat).float(), flat["cu_seqlens"].long()
-        lengths = cu[1:] - cu[:-1]  # (B,)
-        document = torch.repeat_interleave(torch.arange(len(lengths), device=h.device), lengths)  # (T,)
-        sums = h.new_zeros(len(lengths), h.shape[-1]).index_add(0, document, h[: len(document)])
-        return F.normalize(sums / lengths.clamp(min=1).unsqueeze(-1), dim=-1)
-
-
-def _check_labels(n_labels: int | None) -> int:
-    if not n_labels or n_labels < 1:
-        raise ValueError(f"n_labels is {n_labels}; a classifier needs at least 1 (1 = regression)")
-    return n_labels
 
 
 # ----------------------------------------------------------------------------- loading
@@ -656,33 +580,36 @@ def _check_labels(n_labels: int | None) -> int:
 def find_checkpoints(run: str | Path) -> list[Path]:
     """Complete checkpoints of a run folder, oldest first (empty list: none).
 
-    pretrain.py renames a checkpoint into place when it is whole, so step_<number> is complete and step_*.tmp is not.
+    pretrain.py renames a checkpoint into place when it is whole, so step_<number> is complete and
+    step_*.tmp is not.
     """
-    found = (p for p in Path(run).glob("ckpt/step_*") if p.name[5:].isdigit() and (p / "model.safetensors").is_file())
-    return sorted(found, key=lambda p: int(p.name[5:]))
+    found = {int(p.name[5:]): p for p in Path(run).glob("ckpt/step_*") if p.name[5:].isdigit()}
+    return [p for _, p in sorted(found.items()) if (p / "model.safetensors").is_file()]
 
 
 def find_folder(path_or_name: str | Path) -> Path:
-    """A run folder means its newest checkpoint; other local folders as they are; the rest is asked of the hub."""
-    path = Path(path_or_name)
+    """A run folder means its newest checkpoint; other local folders are taken as they are; the rest
+    is looked up on the hub. ValueError, one line, where there is nothing."""
+    name, path = str(path_or_name), Path(path_or_name)
     path = (find_checkpoints(path) or [path])[-1]
     if (path / "config.json").is_file():
         return path
-    looks_local = path.exists() or (str(path_or_name).count("/") != 1 and not re.fullmatch(r"[\w.-]+", str(path)))
-    if looks_local:
-        raise ValueError(f"{path_or_name}: no checkpoint here; give a run folder, or one with config.json and weights")
-    from huggingface_hub import snapshot_download  # comes with datasets
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise ValueError(f"{name}: no checkpoint here; give a run folder or one with config.json")
+    from huggingface_hub import snapshot_download
 
+    files = ["config.json", "*.safetensors", "pytorch_model.bin", "tokenizer.json", "vocab.txt"]
     try:
-        files = ["config.json", "*.safetensors", "pytorch_model.bin", "tokenizer.json", "vocab.txt"]
-        return Path(snapshot_download(str(path_or_name), allow_patterns=files))
+        return Path(snapshot_download(name, allow_patterns=files))
     except Exception as e:  # the hub client raises a dozen kinds; the user needs one line
-        raise ValueError(f"{path_or_name}: neither a folder here nor found on the hub ({type(e).__name__})") from e
+        kind = type(e).__name__
+        raise ValueError(f"{name}: neither a folder here nor found on the hub ({kind})") from e
 
 
 def weights_checksum(folder: Path, start: int = 0) -> int:
-    """crc32, going on from `start`, of what tells the weights in a folder from others that were there under its name:
-    a checkpoint's progress.json, as no other has cost the same, else the files with weights. ValueError without."""
+    """crc32, going on from `start`, of what tells the weights in a folder from others that were
+    there under its name: a checkpoint's progress.json, as no other has cost the same; else the
+    weights. ValueError without."""
     progress = folder / "progress.json"
     weights = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
     if not (files := [progress] if progress.is_file() else weights):
@@ -695,118 +622,104 @@ def weights_checksum(folder: Path, start: int = 0) -> int:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    if (folder / "model.safetensors").is_file():
-        try:
-            return load_file(folder / "model.safetensors")
-        except SafetensorError as e:
-            raise ValueError(f"{folder}/model.safetensors is damaged ({e})") from None
-    if (folder / "pytorch_model.bin").is_file():
-        try:
-            return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
-            raise ValueError(f"{folder}/pytorch_model.bin is damaged ({str(e).splitlines()[0]})") from None
+    try:
+        if (path := folder / "model.safetensors").is_file():
+            return load_file(path)
+        if (path := folder / "pytorch_model.bin").is_file():
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        raise ValueError(f"{path} is damaged ({str(e).splitlines()[0]})") from None
     raise ValueError(f"{folder}: no model.safetensors and no pytorch_model.bin")
 
 
-# Original name -> ours. Two dialects: Hugging Face BERT and MosaicBERT, which renamed some of it.
-_RENAMES = [
-    (r"gamma$", "weight"),  # bert-base-uncased still has TensorFlow's names for LayerNorm
-    (r"beta$", "bias"),
-    (r"^cls\.predictions\.bias$", "head.decoder.bias"),
-    (r"^cls\.predictions\.decoder\.", "head.decoder."),
-    (r"^cls\.predictions\.transform\.dense\.", "head.dense."),
-    (r"^cls\.predictions\.transform\.LayerNorm\.", "head.norm."),
-    (r"^(bert\.)?pooler\.dense\.", "pooler."),
-    (r"^(bert\.)?embeddings\.", "encoder.embeddings."),
-    (r"\.word_embeddings\.", ".word."),
-    (r"\.token_type_embeddings\.", ".token_type."),
-    (r"\.position_embeddings\.", ".position."),
-    (r"embeddings\.LayerNorm\.", "embeddings.norm."),
-    (r"^(bert\.)?encoder\.layer\.", "encoder.layers."),
-    (r"\.attention\.self\.Wqkv\.", ".attention.qkv."),
-    (r"\.attention\.self\.(query|key|value)\.", r".attention.\1."),
-    (r"\.attention\.output\.dense\.", ".attention_out."),
-    (r"\.attention\.output\.LayerNorm\.", ".attention_norm."),
-    (r"\.mlp\.gated_layers\.", ".mlp.inp."),
-    (r"\.mlp\.wo\.", ".mlp.out."),
-    (r"\.mlp\.layernorm\.", ".mlp_norm."),
-    (r"\.intermediate\.dense\.", ".mlp.inp."),
-    (r"(\.layers\.\d+)\.output\.dense\.", r"\1.mlp.out."),
-    (r"(\.layers\.\d+)\.output\.LayerNorm\.", r"\1.mlp_norm."),
-]
-_IGNORED = r"position_ids$|^cls\.seq_relationship\."  # a constant, and next-sentence prediction, which nobody kept
+# Our name -> Hugging Face BERT's, replaced in this order in either direction. Wqkv is MosaicBERT's:
+# BERT keeps query, key and value apart.
+BERT_NAMES = {
+    "encoder.embeddings.": "bert.embeddings.",
+    "embeddings.word.": "embeddings.word_embeddings.",
+    "embeddings.token_type.": "embeddings.token_type_embeddings.",
+    "embeddings.position.": "embeddings.position_embeddings.",
+    "embeddings.norm.": "embeddings.LayerNorm.",
+    "encoder.layers.": "bert.encoder.layer.",
+    ".attention.qkv.": ".attention.self.Wqkv.",
+    ".attention_out.": ".attention.output.dense.",
+    ".attention_norm.": ".attention.output.LayerNorm.",
+    ".mlp.inp.": ".intermediate.dense.",
+    ".mlp.out.": ".output.dense.",
+    ".mlp_norm.": ".output.LayerNorm.",
+    "pooler.": "bert.pooler.dense.",
+    "head.dense.": "cls.predictions.transform.dense.",
+    "head.norm.": "cls.predictions.transform.LayerNorm.",
+    "head.decoder.bias": "cls.predictions.bias",
+    "head.decoder.": "cls.predictions.decoder.",
+}
+MOSAIC_NAMES = BERT_NAMES | {
+    ".mlp.inp.": ".mlp.gated_layers.", ".mlp.out.": ".mlp.wo.", ".mlp_norm.": ".mlp.layernorm.",
+}
 
 
 def _from_hf_layout(config: dict, weights: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
-    """config.json and state dict of MosaicBERT or Hugging Face BERT -> EncoderConfig fields, our names."""
-    if config.get("model_type", "bert") != "bert":
-        raise ValueError(f"config.json: model_type {config['model_type']!r}; only BERT and MosaicBERT are known")
-    if config.get("hidden_act", "gelu") != "gelu":
-        raise ValueError(f"config.json: hidden_act {config['hidden_act']!r}; only the exact gelu is known")
-    out = {}
+    """config.json and weights of MosaicBERT or BERT -> EncoderConfig's fields, our names."""
+    for key, known in ("model_type", "bert"), ("hidden_act", "gelu"):
+        if config.get(key, known) != known:
+            raise ValueError(f"config.json: {key} {config[key]!r}; only {known!r} is known")
+    mosaic, out = any(".self.Wqkv." in name for name in weights), {}
     for name, tensor in weights.items():
-        if re.search(_IGNORED, name):
-            continue
-        for pattern, replacement in _RENAMES:
-            name = re.sub(pattern, replacement, name)
+        if name.endswith("position_ids") or name.startswith("cls.seq_relationship."):
+            continue  # a constant, and next-sentence prediction, which nobody kept
+        if name.startswith(("embeddings.", "encoder.", "pooler.")):  # a bare BertModel
+            name = f"bert.{name}"
+        # bert-base-uncased still has TensorFlow's names for LayerNorm
+        name = name.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")
+        for ours, theirs in (MOSAIC_NAMES if mosaic else BERT_NAMES).items():
+            name = name.replace(theirs, ours)
         out[name] = tensor
-    for name in [n for n in out if ".attention.query." in n]:  # BERT keeps q, k, v apart
-        q_k_v = [out.pop(name.replace(".query.", f".{part}."), None) for part in ("query", "key", "value")]
+    for name in [n for n in out if ".attention.self.query." in n]:
+        q_k_v = [out.pop(name.replace("query", part), None) for part in ("query", "key", "value")]
         if any(t is None for t in q_k_v):
             raise ValueError(f"{name}: its key or value is missing from the weights")
-        out[name.replace(".query.", ".qkv.")] = torch.cat(q_k_v)
-    mosaic = any(name.endswith("attention.self.Wqkv.weight") for name in weights)
+        out[name.replace("self.query", "qkv")] = torch.cat(q_k_v)
     word = out.get("encoder.embeddings.word.weight")
-    dropout = config.get("hidden_dropout_prob", 0.1)
+    dropout, kwargs = config.get("hidden_dropout_prob", 0.1), MOSAIC if mosaic else BERT
     classifier_dropout = config.get("classifier_dropout")
-    attention_dropout = 0.0 if mosaic else config.get("attention_probs_dropout_prob", 0.1)
-    kwargs = dict(
-        **(MOSAIC if mosaic else BERT),
-        vocab_size=config["vocab_size"] if word is None else len(word),  # MosaicBERT's table is padded to 30,528
-        vocab_multiple=1,
-        n_layers=config["num_hidden_layers"],
-        n_heads=config["num_attention_heads"],
-        d_model=config["hidden_size"],
-        d_ff=config["intermediate_size"],
+    if not mosaic:
+        kwargs = kwargs | dict(attention_dropout=config.get("attention_probs_dropout_prob", 0.1))
+    return kwargs | dict(
+        vocab_size=config["vocab_size"] if word is None else len(word),  # MosaicBERT's: 30,528 rows
+        vocab_multiple=1, tie_head=config.get("tie_word_embeddings", True),
+        n_layers=config["num_hidden_layers"], n_heads=config["num_attention_heads"],
+        d_model=config["hidden_size"], d_ff=config["intermediate_size"],
         max_positions=config.get("max_position_embeddings", 512),
         n_token_types=config.get("type_vocab_size", 2),
         norm_eps=config.get("layer_norm_eps", 1e-12),
-        embedding_dropout=dropout,
-        output_dropout=dropout,
-        mlp_dropout=dropout,
+        embedding_dropout=dropout, output_dropout=dropout, mlp_dropout=dropout,
         classifier_dropout=dropout if classifier_dropout is None else classifier_dropout,
-        tie_head=config.get("tie_word_embeddings", True),
-    )
-    return kwargs | {"attention_dropout": attention_dropout}, out
+    ), out
 
 
 def _load_weights(model: Pretrained, weights: dict[str, Tensor], source: str) -> None:
-    """Copy `weights` (our names) into `model`, refusing what is missing, unknown or misshapen in one line."""
-    if isinstance(model, Encoder):  # a bare encoder is stored without the prefix its owners give it
+    """Copy `weights` (our names) into `model`. ValueError, one line, for what does not fit."""
+    if isinstance(model, Encoder):  # stored without the prefix that the models with a head give it
         weights = {k.removeprefix("encoder."): v for k, v in weights.items()}
     elif not any(k.startswith("encoder.") for k in weights):
         weights = {f"encoder.{k}": v for k, v in weights.items()}
-    head = r"^(head|pooler|classifier)\."
-    own = model.state_dict()
-    if "head.decoder.weight" in own and model.cfg.tie_head and "encoder.embeddings.word.weight" in weights:
-        weights = {**weights, "head.decoder.weight": weights["encoder.embeddings.word.weight"]}
+    head = r"^(head|pooler|classifier|qa_outputs)\."
+    word = weights.get("encoder.embeddings.word.weight")
+    if isinstance(model, MaskedLM) and model.cfg.tie_head and word is not None:
+        weights = {**weights, "head.decoder.weight": word}
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as e:  # its last line names a tensor of the wrong shape
+        problem = str(e).splitlines()[-1].strip()
+        raise ValueError(f"{source} does not fit this model; {problem}") from None
     needs_head = isinstance(model, MaskedLM)  # its head is part of what was pretrained
-    missing = [k for k in own if k not in weights and (needs_head or not re.match(head, k))]
-    unknown = [k for k in weights if k not in own and not re.match(head, k)]
-    shapes = [
-        f"{k} {tuple(weights[k].shape)} instead of {tuple(own[k].shape)}"
-        for k in own
-        if k in weights and weights[k].shape != own[k].shape
-    ]
     problems = [
-        f"{what}: {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        for what, names in (("missing", missing), ("unexpected", unknown), ("wrong shape", shapes))
-        if names
+        f"{problem}: {', '.join(names[:4])}" + f" and {len(names) - 4} more" * (len(names) > 4)
+        for problem, names in (
+            ("missing", [k for k in missing if needs_head or not re.match(head, k)]),
+            ("unexpected", [k for k in unexpected if not re.match(head, k)]),
+        ) if names
     ]
     if problems:
-        raise ValueError(f"{source} does not fit this model; " + "; ".join(problems))
-    model.new_keys = [k for k in own if k not in weights]
-    with torch.no_grad():
-        for name, tensor in own.items():
-            if name in weights:
-                tensor.copy_(weights[name])
+        raise ValueError(f"{source} does not fit this model; {'; '.join(problems)}")
+    model.new_keys = missing

@@ -347,7 +347,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     log_file = board = None
     if rank == 0:
         run.mkdir(parents=True, exist_ok=True)
-        config = {"train": settings, "model": cfg.model.to_dict(), "n_params": n_params, **identity}
+        config = {"train": settings, "model": asdict(cfg.model), "n_params": n_params, **identity}
         write_atomically(run / "config.json", (json.dumps(config, indent=2) + "\n").encode())
         for leftover in run.glob("ckpt/step_*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)

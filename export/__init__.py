@@ -1,1 +1,1 @@
-"""Hand a checkpoint to transformers, sentence-transformers or ONNX: `python -m export.huggingface`."""
+"""A checkpoint for transformers, sentence-transformers, ONNX: python -m export.huggingface."""

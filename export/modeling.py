@@ -1,9 +1,9 @@
-"""The encoder of model.py as a transformers model: the hand-written half of the file that export_hf.py writes.
+"""The encoder of nanoMosaicBERT as a transformers model, in plain PyTorch.
 
-export_hf.py replaces the two import lines of our own modules below by the source of what they name, so the exported
-modeling_nanomosaicbert.py stands alone (torch and transformers, no Triton) and changes when model.py does. The layers
-are flat there too, but a padded batch stays padded, as transformers' own encoders do: T = B·S rows, every "document"
-S long, the padding hidden by the attention's bias. That traces to ONNX and compiles; it saves no padding.
+export.huggingface puts this file beside the weights, and trust_remote_code runs it: it needs torch
+and transformers (5, or 4 from 4.53), nothing else of the project and no Triton. The parameters are
+those of model.py under the same names. A batch stays padded, as in transformers' own encoders, and
+the attention's bias hides the padding: that traces to ONNX and TorchScript and compiles.
 """
 
 import math
@@ -13,55 +13,34 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutput,
     MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
+from transformers.utils import can_return_tuple
 
-from kernels import alibi_bias, alibi_slopes
-from model import Attention, Encoder, EncoderConfig, LayerNorm, MlmHead
+try:  # LoRA on the attention's input projection, as peft does for BERT, where none is named
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA
 
+    LORA["nanomosaicbert"] = ["qkv"]
+except ImportError:
+    pass
 
-def varlen_attention(qkv, cu_seqlens, max_seqlen, slopes, *, rope_base, tiles, dropout_p=0.0, **_):
-    """kernels.varlen_attention of B documents of S = max_seqlen rows: qkv (B·S, 3, H, D) -> (B·S, H, D).
-
-    ALiBi and the padding are in `tiles`, the argument model.py hands through unread: (1 or B, H, S, S) or None.
-    """
-    T, _, H, D = qkv.shape
-    q, k, v = qkv.view(-1, max_seqlen, 3, H, D).permute(2, 0, 3, 1, 4)  # (B, H, S, D) each
-    if rope_base:
-        frequency = rope_base ** (torch.arange(0, D, 2, device=qkv.device) / -D)
-        angle = torch.arange(max_seqlen, device=qkv.device)[:, None] * frequency  # (S, D/2)
-        q, k = rotate(q, angle), rotate(k, angle)
-    bias = None if tiles is None else tiles.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, bias, dropout_p).transpose(1, 2).reshape(T, H, D)
-
-
-def rotate(x, angle):
-    """Columns 2d and 2d + 1 of x (B, H, S, D) turned by `angle` (S, D/2)."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()
-    return torch.stack(turned, -1).flatten(-2).to(x.dtype)
-
-
-def gather_rows(x, rows):
-    """Rows `rows` (R,) of x (T, d)."""
-    return x[rows]
-
-
-def geglu(h):
-    """gelu(gate) * up of the two halves of h (T, 2 d_ff)."""
-    gate, up = h.chunk(2, dim=-1)
-    return F.gelu(gate) * up
-
-
-Dropout = nn.Dropout
+FIELDS = dict(  # of EncoderConfig in model.py, as far as they matter here
+    vocab_size=30_528, n_layers=12, n_heads=12, d_model=768, d_ff=3_072, position="alibi",
+    alibi_ratio=1.0, rope_base=1_000.0, max_positions=512, mlp="geglu", norm="post", bias=True,
+    embedding_dropout=0.1, attention_dropout=0.0, output_dropout=0.1, mlp_dropout=0.1,
+    classifier_dropout=0.1, vocab_multiple=64, n_token_types=2, norm_eps=1e-12,
+)
 
 
 class NanoMosaicBertConfig(PretrainedConfig):
-    """Every field of EncoderConfig, and what transformers wants to know."""
+    """The shape and the ingredients of the encoder, under our names and under transformers'."""
 
     model_type = "nanomosaicbert"
     attribute_map = {  # noqa: RUF012 (transformers' own idiom)
@@ -74,49 +53,161 @@ class NanoMosaicBertConfig(PretrainedConfig):
     }
 
     def __init__(self, pad_token_id: int = 0, tie_word_embeddings: bool = True, **kwargs):
-        for name, value in EncoderConfig().to_dict().items():
+        for name, value in FIELDS.items():
             setattr(self, name, kwargs.pop(name, value))
         super().__init__(**kwargs)
-        self.pad_token_id, self.tie_word_embeddings = pad_token_id, tie_word_embeddings  # transformers 4 has set both
-
-    def encoder_config(self) -> EncoderConfig:
-        return EncoderConfig(**{name: getattr(self, name) for name in EncoderConfig().to_dict()})
+        self.pad_token_id, self.tie_word_embeddings = pad_token_id, tie_word_embeddings
 
 
-def refuse(unused: dict) -> None:
-    """What other models take and these do not: peft and transformers pass it switched off. ValueError for the rest."""
-    if wanted := [name for name, value in unused.items() if value is not None and value is not False]:
-        raise ValueError(f"nanoMosaicBERT models do not take {', '.join(wanted)}")
+# ----------------------------------------------------------------------------- layers
+
+
+def alibi_slopes(n_heads: int, ratio: float) -> Tensor:
+    """(n_heads, 2), for keys to the left and to the right: 2^(-8 (h + 1) / n) where n is a power of
+    two, else those of the power of two below, then every other one of the power above (Press et al.
+    2022); one side's times `ratio`, by turns."""
+    n = 2 ** int(math.log2(n_heads))
+    slopes = [2.0 ** (-8 * (h + 1) / n) for h in range(n)]
+    above = [2.0 ** (-4 * (h + 1) / n) for h in range(0, 2 * n, 2)]
+    slopes = enumerate(slopes + above[: n_heads - n])
+    return torch.tensor([(ratio * s, s) if h % 2 else (s, ratio * s) for h, s in slopes])
+
+
+def rotate(x: Tensor, angle: Tensor) -> Tensor:
+    """RoPE (Su et al. 2021): columns 2d and 2d + 1 of x (B, H, S, D) turned by `angle` (B, 1, S,
+    D/2)."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()
+    return torch.stack(turned, -1).flatten(-2).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: NanoMosaicBertConfig):
+        super().__init__()
+        self.n_heads, self.dropout = config.n_heads, config.attention_dropout
+        self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=config.bias)
+
+    def forward(self, x: Tensor, bias: Tensor | None, angle: Tensor | None, weights_too: bool):
+        """x (B, S, d), bias for the scores (B, H, S, S) or what broadcasts to it, RoPE's angles ->
+        (B, S, d), and with weights_too the attention weights (B, H, S, S)."""
+        B, S, d = x.shape
+        qkv = self.qkv(x).view(B, S, 3, self.n_heads, d // self.n_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, S, D) each
+        if angle is not None:
+            q, k = rotate(q, angle), rotate(k, angle)
+        bias = None if bias is None else bias.to(q.dtype)
+        dropout, weights = self.dropout if self.training else 0.0, None
+        if weights_too:
+            scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+            weights = (scores if bias is None else scores + bias).softmax(-1)
+            h = F.dropout(weights, dropout) @ v
+        else:
+            h = F.scaled_dot_product_attention(q, k, v, bias, dropout)
+        return h.transpose(1, 2).reshape(B, S, d), weights
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: NanoMosaicBertConfig):
+        super().__init__()
+        self.gated = config.mlp == "geglu"
+        width, bias = (2 * config.d_ff, False) if self.gated else (config.d_ff, config.bias)
+        self.inp = nn.Linear(config.d_model, width, bias=bias)
+        self.out = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
+        self.dropout = nn.Dropout(config.mlp_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.gated:
+            return self.dropout(self.out(F.gelu(self.inp(x))))
+        gate, up = self.inp(x).chunk(2, dim=-1)
+        return self.out(self.dropout(F.gelu(gate) * up))
+
+
+class Layer(GradientCheckpointingLayer):
+    def __init__(self, config: NanoMosaicBertConfig):
+        super().__init__()
+        self.pre_norm = config.norm == "pre"
+        self.attention = Attention(config)
+        self.attention_out = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+        self.attention_norm = nn.LayerNorm(config.d_model, config.norm_eps)
+        self.mlp = FeedForward(config)
+        self.mlp_norm = nn.LayerNorm(config.d_model, config.norm_eps)
+        self.dropout = nn.Dropout(config.output_dropout)
+
+    def forward(self, x: Tensor, *how):
+        h = self.attention_norm(x) if self.pre_norm else x
+        h, weights = self.attention(h, *how)
+        x = x + self.dropout(self.attention_out(h))
+        if self.pre_norm:
+            return x + self.mlp(self.mlp_norm(x)), weights
+        x = self.attention_norm(x)
+        return self.mlp_norm(x + self.mlp(x)), weights
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config: NanoMosaicBertConfig):
+        super().__init__()
+        rows = -(-config.vocab_size // config.vocab_multiple) * config.vocab_multiple
+        self.word = nn.Embedding(rows, config.d_model)
+        self.token_type = nn.Embedding(config.n_token_types, config.d_model)
+        self.position = None
+        if config.position == "learned":
+            self.position = nn.Embedding(config.max_positions, config.d_model)
+        self.norm = nn.LayerNorm(config.d_model, config.norm_eps)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+
+    def forward(self, words: Tensor, types: Tensor | None, position_ids: Tensor) -> Tensor:
+        """words (B, S, d), token types (B, S), position_ids (1 or B, S) -> (B, S, d)."""
+        x = words + (self.token_type.weight[0] if types is None else self.token_type(types))
+        x = x if self.position is None else x + self.position(position_ids)
+        return self.dropout(self.norm(x))
+
+
+class MlmHead(nn.Module):
+    def __init__(self, config: NanoMosaicBertConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.d_model, config.d_model)
+        self.norm = nn.LayerNorm(config.d_model, config.norm_eps)
+        rows = -(-config.vocab_size // config.vocab_multiple) * config.vocab_multiple
+        self.decoder = nn.Linear(config.d_model, rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.norm(F.gelu(self.dense(x))))
+
+
+class ClassificationHead(nn.Module):
+    """First token -> linear, tanh -> dropout -> linear. One module named "classifier": peft saves a
+    new head by that name, so a new pooler beside it would be lost."""
+
+    def __init__(self, config: NanoMosaicBertConfig, n_out: int):
+        super().__init__()
+        self.pooler = nn.Linear(config.d_model, config.d_model)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.out = nn.Linear(config.d_model, n_out)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """x (B, S, d), mask (B, S) -> (B, n_out); with padding on the left, [CLS] is not at 0."""
+        if attention_mask is None:
+            cls = x[:, 0]
+        else:
+            cls = x[torch.arange(x.shape[0], device=x.device), attention_mask.int().argmax(1)]
+        return self.out(self.dropout(torch.tanh(self.pooler(cls)))).float()
+
+
+# ----------------------------------------------------------------------------- models
 
 
 class NanoMosaicBertPreTrainedModel(PreTrainedModel):
     config_class = NanoMosaicBertConfig
     base_model_prefix = "encoder"
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False  # the losses are means: Trainer has to divide by its accumulated batches itself
+    accepts_loss_kwargs = False  # losses are means: Trainer divides by its accumulated batches
     _supports_sdpa = True
     _no_split_modules = ["Layer"]  # noqa: RUF012
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """As Pretrained.init_weights of model.py. transformers asks for what a checkpoint does not hold."""
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-        if isinstance(module, LayerNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
-        if isinstance(module, Attention) and module.slopes is not None:
-            module.slopes.copy_(alibi_slopes(module.n_heads, self.config.alibi_ratio))
-
-    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
-        """transformers' own, keeping the rows a multiple of vocab_multiple, as the encoder will expect."""
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, *args, **kw):
+        """transformers' own; the rows stay a multiple of vocab_multiple, as Embeddings has them."""
         multiple = math.lcm(pad_to_multiple_of or 1, self.config.vocab_multiple)
-        return super().resize_token_embeddings(new_num_tokens, multiple, mean_resizing)
-
-    def _set_gradient_checkpointing(self, enable: bool = True, **_) -> None:
-        self.base_model.cfg.activation_checkpointing = enable
+        return super().resize_token_embeddings(new_num_tokens, multiple, *args, **kw)
 
 
 class NanoMosaicBertModel(NanoMosaicBertPreTrainedModel):
@@ -124,12 +215,11 @@ class NanoMosaicBertModel(NanoMosaicBertPreTrainedModel):
 
     def __init__(self, config: NanoMosaicBertConfig):
         super().__init__(config)
-        encoder = Encoder(config.encoder_config())
-        self.cfg = encoder.cfg
-        self.embeddings, self.layers, self.final_norm = encoder.embeddings, encoder.layers, encoder.final_norm
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
+        pre = config.norm == "pre"
+        self.final_norm = nn.LayerNorm(config.d_model, config.norm_eps) if pre else None
         self.post_init()
-
-    flat = Encoder.flat
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.word
@@ -137,58 +227,75 @@ class NanoMosaicBertModel(NanoMosaicBertPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embeddings.word = value
 
-    def attention_bias(self, real: Tensor | None, S: int, device: torch.device) -> Tensor | None:
-        """ALiBi, and -inf on the keys that are padding: (1, H, S, S), or (B, H, S, S) with `real` (B, S) bool."""
+    def attention_bias(self, real: Tensor | None, position_ids: Tensor) -> Tensor | None:
+        """ALiBi, and -inf on the keys that are padding: (1 or B, 1 or H, 1 or S, S), or None."""
         bias = None
-        if "alibi" in self.cfg.position:
-            i = torch.arange(S, device=device)
-            slopes = alibi_slopes(self.cfg.n_heads, self.cfg.alibi_ratio).to(device)
-            bias = alibi_bias(slopes, i, i)[None]
+        if "alibi" in self.config.position:
+            ahead = (position_ids[:, None, :] - position_ids[:, :, None])[:, None]  # (B, 1, S, S)
+            slopes = alibi_slopes(self.config.n_heads, self.config.alibi_ratio).to(ahead.device)
+            left, right = slopes[:, :, None, None].unbind(1)  # (H, 1, 1) each
+            bias = -torch.where(ahead <= 0, left, right) * ahead.abs()
         if real is None:
             return bias
-        real = real | ~real.any(1, keepdim=True)  # a row of nothing but padding would be NaN in ONNX
-        bias = torch.zeros(1, 1, S, S, device=device) if bias is None else bias
-        return bias.masked_fill(~real[:, None, None, :], -torch.inf)
+        real = real | ~real.any(1, keepdim=True)  # a row of nothing but padding would be NaN
+        hide = torch.zeros_like(real, dtype=torch.float32).masked_fill(~real, -torch.inf)
+        return hide[:, None, None] if bias is None else bias + hide[:, None, None]
 
+    @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        return_dict: bool | None = None,
-        **unused,
+        self, input_ids=None, attention_mask=None, token_type_ids=None, position_ids=None,
+        inputs_embeds=None, output_attentions=None, output_hidden_states=None, **unused,
     ):
-        refuse(unused)
-        B, S = input_ids.shape
-        device = input_ids.device
-        types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        """input_ids, or inputs_embeds (B, S, d) in their place; the rest as transformers' BertModel
+        takes it. ValueError for what only decoders have."""
+        if wanted := [k for k, v in unused.items() if v is not None and v is not False]:
+            raise ValueError(f"{type(self).__name__} does not take {', '.join(wanted)}")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if attention_mask is not None and attention_mask.dim() != 2:
+            shape = tuple(attention_mask.shape)
+            raise ValueError(f"attention_mask has shape {shape}; give one of (batch, length)")
+        config = self.config
+        words = self.embeddings.word(input_ids) if inputs_embeds is None else inputs_embeds
         real = None if attention_mask is None else attention_mask.bool()
-        back = None
-        if real is not None and self.cfg.position == "learned":
-            # positions count from the first real token: rows padded on the left are turned, and turned back below
-            place, first = torch.arange(S, device=device), real.int().argmax(1, keepdim=True)
-            turn, back = (place + first) % S, (place - first) % S  # (B, S)
-            input_ids, types, real = input_ids.gather(1, turn), types.gather(1, turn), real.gather(1, turn)
-        cu_seqlens = torch.arange(B + 1, device=device, dtype=torch.int32) * S
-        bias = self.attention_bias(real, S, device)
-        x = self.flat(input_ids.reshape(-1), cu_seqlens, S, types.reshape(-1), bias).view(B, S, -1)
-        if real is not None:
-            x = x * real[..., None]
-        if back is not None:
-            x = x.gather(1, back[..., None].expand(x.shape))
-        output = BaseModelOutput(last_hidden_state=x)
-        return output.to_tuple() if return_dict is False else output
+        if position_ids is None:
+            position_ids = torch.arange(words.shape[1], device=words.device)[None]
+            if real is not None and config.position == "learned":  # count from the first real token
+                position_ids = (real.long().cumsum(1) - 1).clamp(min=0)
+        x = self.embeddings(words, token_type_ids, position_ids)
+        bias, angle = self.attention_bias(real, position_ids), None
+        if "rope" in config.position:
+            D = config.d_model // config.n_heads
+            frequency = config.rope_base ** (torch.arange(0, D, 2, device=words.device) / -D)
+            angle = position_ids[:, None, :, None] * frequency  # (1 or B, 1, S, D/2)
+        if output_attentions is None:
+            output_attentions = config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        weights_too = output_attentions or config._attn_implementation == "eager"
+        states, attentions = [], []
+        for layer in self.layers:
+            states.append(x)
+            x, weights = layer(x, bias, angle, weights_too)
+            attentions.append(weights)
+        x = x if self.final_norm is None else self.final_norm(x)
+        x = x if real is None else x * real[..., None]
+        return BaseModelOutput(
+            x, (*states, x) if output_hidden_states else None,
+            tuple(attentions) if output_attentions else None,
+        )
 
 
 class NanoMosaicBertForMaskedLM(NanoMosaicBertPreTrainedModel):
-    """logits (B, S, vocab_size), without the rows that pad the embedding; loss: mean over labels other than -100."""
+    """logits (B, S, vocab_size), without the rows that pad the embedding; loss: mean over labels
+    other than -100."""
 
     _tied_weights_keys = {"head.decoder.weight": "encoder.embeddings.word.weight"}  # noqa: RUF012
 
     def __init__(self, config: NanoMosaicBertConfig):
         super().__init__(config)
         self.encoder = NanoMosaicBertModel(config)
-        self.head = MlmHead(self.encoder.cfg)
+        self.head = MlmHead(config)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -197,58 +304,56 @@ class NanoMosaicBertForMaskedLM(NanoMosaicBertPreTrainedModel):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.head.decoder = value
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        return_dict: bool | None = None,
-        **unused,
-    ):
-        refuse(unused)
-        x = self.encoder(input_ids, attention_mask, token_type_ids).last_hidden_state
-        logits = self.head(x)[..., : self.config.vocab_size]
-        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
-        output = MaskedLMOutput(loss=loss, logits=logits)
-        return output.to_tuple() if return_dict is False else output
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, **kw):
+        out = self.encoder(input_ids, attention_mask, token_type_ids, return_dict=True, **kw)
+        logits, loss = self.head(out.last_hidden_state)[..., : self.config.vocab_size], None
+        if labels is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        return MaskedLMOutput(loss, logits, out.hidden_states, out.attentions)
 
 
 class NanoMosaicBertForSequenceClassification(NanoMosaicBertPreTrainedModel):
-    """Pooler (Linear + tanh on the first token) -> dropout -> Linear: logits (B, num_labels)."""
+    """logits (B, num_labels); the loss is as config.problem_type or the labels' dtype says."""
 
     def __init__(self, config: NanoMosaicBertConfig):
         super().__init__(config)
         self.encoder = NanoMosaicBertModel(config)
-        self.pooler = nn.Linear(config.d_model, config.d_model)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.d_model, config.num_labels)
+        self.classifier = ClassificationHead(config, config.num_labels)
         self.post_init()
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        return_dict: bool | None = None,
-        **unused,
-    ):
-        refuse(unused)
-        x = self.encoder(input_ids, attention_mask, token_type_ids).last_hidden_state
-        if attention_mask is None:
-            x = x[:, 0]
-        else:
-            x = x[torch.arange(x.shape[0], device=x.device), attention_mask.int().argmax(1)]  # len() is fixed in ONNX
-        logits = self.classifier(self.dropout(torch.tanh(self.pooler(x)))).float()
-        # regression, one label or several: as config.problem_type says, or the labels' dtype
-        loss = None if labels is None else self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        output = SequenceClassifierOutput(loss=loss, logits=logits)
-        return output.to_tuple() if return_dict is False else output
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, **kw):
+        out = self.encoder(input_ids, attention_mask, token_type_ids, return_dict=True, **kw)
+        logits, loss = self.classifier(out.last_hidden_state, attention_mask), None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutput(loss, logits, out.hidden_states, out.attentions)
+
+
+class NanoMosaicBertForMultipleChoice(NanoMosaicBertPreTrainedModel):
+    """Ids (B, n_choices, S) -> logits (B, n_choices); labels (B,)."""
+
+    def __init__(self, config: NanoMosaicBertConfig):
+        super().__init__(config)
+        self.encoder = NanoMosaicBertModel(config)
+        self.classifier = ClassificationHead(config, 1)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, **kw):
+        kw |= dict(input_ids=input_ids, token_type_ids=token_type_ids)
+        kw["attention_mask"] = attention_mask
+        n = (input_ids if kw.get("inputs_embeds") is None else kw["inputs_embeds"]).shape[1]
+        kw = {k: x.flatten(0, 1) if isinstance(x, Tensor) else x for k, x in kw.items()}
+        out = self.encoder(return_dict=True, **kw)
+        logits = self.classifier(out.last_hidden_state, kw["attention_mask"]).view(-1, n)
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return MultipleChoiceModelOutput(loss, logits, out.hidden_states, out.attentions)
 
 
 class NanoMosaicBertForTokenClassification(NanoMosaicBertPreTrainedModel):
-    """Dropout -> Linear on every token: logits (B, S, num_labels)."""
+    """Dropout -> linear on every token: logits (B, S, num_labels)."""
 
     def __init__(self, config: NanoMosaicBertConfig):
         super().__init__(config)
@@ -257,18 +362,31 @@ class NanoMosaicBertForTokenClassification(NanoMosaicBertPreTrainedModel):
         self.classifier = nn.Linear(config.d_model, config.num_labels)
         self.post_init()
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        return_dict: bool | None = None,
-        **unused,
-    ):
-        refuse(unused)
-        x = self.encoder(input_ids, attention_mask, token_type_ids).last_hidden_state
-        logits = self.classifier(self.dropout(x)).float()
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, **kw):
+        out = self.encoder(input_ids, attention_mask, token_type_ids, return_dict=True, **kw)
+        logits = self.classifier(self.dropout(out.last_hidden_state)).float()
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        output = TokenClassifierOutput(loss=loss, logits=logits)
-        return output.to_tuple() if return_dict is False else output
+        return TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions)
+
+
+class NanoMosaicBertForQuestionAnswering(NanoMosaicBertPreTrainedModel):
+    """Linear on every token: start_logits and end_logits (B, S) of the answer's span."""
+
+    def __init__(self, config: NanoMosaicBertConfig):
+        super().__init__(config)
+        self.encoder = NanoMosaicBertModel(config)
+        self.qa_outputs = nn.Linear(config.d_model, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, input_ids=None, attention_mask=None, token_type_ids=None, start_positions=None,
+        end_positions=None, **kw,
+    ):
+        out = self.encoder(input_ids, attention_mask, token_type_ids, return_dict=True, **kw)
+        start, end = self.qa_outputs(out.last_hidden_state).float().unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start, end, start_positions, end_positions)
+        return QuestionAnsweringModelOutput(loss, start, end, out.hidden_states, out.attentions)

@@ -13,7 +13,7 @@ from fill_mask import fill_mask, main, show
 from model import EncoderConfig, MaskedLM
 
 GOLDEN = Path(__file__).parents[1] / "../shared/golden/mosaicbert_small.safetensors"
-TEXTS = ["the cat sat on the mat.", "the dog sat on the cat.", "a man walks in the house\n", "naïve café"] * 20
+TEXTS = ["the cat sat on the mat.", "the dog sat on the cat.", "a man walks\n", "naïve café"] * 20
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +23,15 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def run(tmp_path, tokenizer) -> Path:
-    """A run folder with two checkpoints; only the later one has learned that every mask is " cat"."""
+    """A run folder with two checkpoints; the later one has learned that every mask is " cat"."""
     for step in (1, 2):
         torch.manual_seed(0)
-        model = MaskedLM(EncoderConfig(tokenizer.vocab_size, n_layers=1, n_heads=2, d_model=16, d_ff=16))
+        shape = dict(n_layers=1, n_heads=2, d_model=16, d_ff=16)
+        model = MaskedLM(EncoderConfig(tokenizer.vocab_size, **shape))
         if step == 2:
             with torch.no_grad():
                 model.head.decoder.bias[tokenizer.encode(" cat")[0]] = 9.0
-                model.head.decoder.bias[tokenizer.vocab_size :] = 99.0  # rows that only pad the vocabulary
+                model.head.decoder.bias[tokenizer.vocab_size :] = 99.0  # only pad the vocabulary
         folder = tmp_path / f"runs/x/ckpt/step_{step:08d}"
         model.save_pretrained(folder)
         tokenizer.save(folder)
@@ -47,33 +48,24 @@ def test_every_mask_gets_top_k_answers_with_probabilities(run, tokenizer):
         probabilities = [p for _, p in each]
         assert probabilities == sorted(probabilities, reverse=True)
         assert 0 < sum(probabilities) <= 1
-    assert sum(p for _, p in fill_mask(model, tokenizer, "[MASK]", top_k=10**6)[0]) == pytest.approx(1)
-    assert fill_mask(model, tokenizer, "the [MASK] sat", 1) == fill_mask(model, tokenizer, "the [MASK] sat", 1)
+    (everything,) = fill_mask(model, tokenizer, "[MASK]", top_k=10**6)
+    assert sum(p for _, p in everything) == pytest.approx(1)
 
 
 def test_answers_are_those_of_the_padded_model(run, tokenizer):
     model = MaskedLM.from_pretrained(run / "ckpt/step_00000001").eval()
-    ids = torch.tensor([[tokenizer.cls_id, *tokenizer.encode_with_masks("the cat [MASK] on"), tokenizer.sep_id]])
-    logits = model(ids, torch.ones_like(ids))[0, ids[0] == tokenizer.mask_id, : tokenizer.vocab_size]
+    text = "the cat [MASK] on"
+    ids = torch.tensor([[tokenizer.cls_id, *tokenizer.encode_with_masks(text), tokenizer.sep_id]])
+    logits = model(ids)[0, ids[0] == tokenizer.mask_id, : tokenizer.vocab_size]
     expected, token = logits.softmax(-1).max(-1)
-    ((answer,),) = fill_mask(model, tokenizer, "the cat [MASK] on", 1)
+    ((answer,),) = fill_mask(model, tokenizer, text, 1)
     assert answer[0] == tokenizer.token_text(int(token))
     assert answer[1] == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_text_without_a_mask_is_refused(run, tokenizer):
-    model = MaskedLM.from_pretrained(run / "ckpt/step_00000001")
-    with pytest.raises(ValueError, match=r"no \[MASK\] in 'the cat'"):
-        fill_mask(model, tokenizer, "the cat")
-
-
 def test_words_are_clean_and_fragments_are_quoted():
-    assert show(" cat") == "cat"
-    assert show("é") == "é"
-    assert show(" ") == "' '"
-    assert show("\n") == r"'\n'"
-    assert show("\ufffd") == repr("\ufffd")
-    assert show("") == "''"
+    shown = {" cat": "cat", "é": "é", " ": "' '", "\n": r"'\n'", "\ufffd": repr("\ufffd"), "": "''"}
+    assert {token: show(token) for token in shown} == shown
 
 
 def vocabulary_of(learner, folder: Path) -> Path:
@@ -89,13 +81,14 @@ def test_a_hugging_face_bert_answers_as_transformers_does(tmp_path, capsys):
     vocabulary_of(BertWordPieceTokenizer(), tmp_path)
     tokenizer = Tokenizer.load(tmp_path)
     shape = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    theirs = BertForMaskedLM(BertConfig(vocab_size=tokenizer.vocab_size, **shape, initializer_range=0.5)).eval()
+    config = BertConfig(vocab_size=tokenizer.vocab_size, **shape, initializer_range=0.5)
+    theirs, text = BertForMaskedLM(config).eval(), "the [MASK] sat on"
     theirs.save_pretrained(tmp_path)
-    main([str(tmp_path), "the [MASK] sat on", "--top_k", "3"])
-    ids = torch.tensor([[tokenizer.cls_id, *tokenizer.encode_with_masks("the [MASK] sat on"), tokenizer.sep_id]])
-    values, tokens = theirs(ids).logits[0, 2].softmax(-1).topk(3)
-    expected = "   ".join(f"{tokenizer.hf.id_to_token(t)} {p:.3f}" for t, p in zip(tokens.tolist(), values.tolist()))
-    assert capsys.readouterr().out.splitlines()[-1].strip() == expected
+    main([str(tmp_path), text])
+    ids = torch.tensor([[tokenizer.cls_id, *tokenizer.encode_with_masks(text), tokenizer.sep_id]])
+    best = [x.tolist() for x in theirs(ids).logits[0, 2].softmax(-1).topk(3)]
+    expected = [f"{tokenizer.hf.id_to_token(t)} {p:.3f}" for p, t in zip(*best)]
+    assert capsys.readouterr().out.splitlines()[-1].strip() == "   ".join(expected)
 
 
 def test_official_mosaicbert_answers_with_the_tokenizer_given(tmp_path, capsys):
@@ -112,10 +105,10 @@ def test_official_mosaicbert_answers_with_the_tokenizer_given(tmp_path, capsys):
     vocabulary = vocabulary_of(BertWordPieceTokenizer(), tmp_path / "bert")
     with pytest.raises(SystemExit, match="no tokenizer at"):
         main([str(tmp_path), "a [MASK]"])
-    main([str(tmp_path), "the [MASK] sat on the [MASK].", "--top_k", "2", "--tokenizer", str(vocabulary)])
+    text = "the [MASK] sat on the [MASK]."
+    main([str(tmp_path), text, "--top_k", "2", "--tokenizer", str(vocabulary)])
     sentence, *answers = capsys.readouterr().out.strip().splitlines()
-    assert sentence == "the [MASK] sat on the [MASK]."
-    assert len(answers) == 2
+    assert sentence == text and len(answers) == 2
     assert all(re.fullmatch(r"  \S+ 0\.\d{3}   \S+ 0\.\d{3}", answer) for answer in answers)
 
 
@@ -123,16 +116,33 @@ def test_a_tokenizer_too_large_for_the_model_is_refused(tmp_path, run):
     Tokenizer.train(TEXTS, 290).save(tmp_path / "small")
     larger = Tokenizer.train([*TEXTS, *(f"word{i} {i:x}{i:x}" for i in range(3000))] * 2, 400)
     larger.save(tmp_path / "larger")
-    with pytest.raises(SystemExit, match=r"the tokenizer has 400 entries, the model 320: .* another"):
+    with pytest.raises(SystemExit, match="the tokenizer has 400 entries, the model 320: not its"):
         main([str(run), "a [MASK]", "--tokenizer", str(tmp_path / "larger")])
 
 
-def test_a_run_folder_means_its_latest_checkpoint(run, capsys):
-    main([str(run), "the [MASK] sat on the [MASK].", "a [MASK].", "--top_k", "2"])
+def test_a_run_folder_means_its_latest_checkpoint_and_answers_are_three(run, capsys):
+    texts = ["the [MASK] sat on the [MASK].", "a [MASK]."]
+    main([str(run), *texts])
     blocks = capsys.readouterr().out.strip().split("\n\n")
-    assert [block.splitlines()[0] for block in blocks] == ["the [MASK] sat on the [MASK].", "a [MASK]."]
-    assert [len(block.splitlines()) for block in blocks] == [3, 2]  # a line for each mask
-    assert all(line.startswith("  cat 0.") for block in blocks for line in block.splitlines()[1:])
+    assert [block.splitlines()[0] for block in blocks] == texts
+    answers = [block.splitlines()[1:] for block in blocks]
+    assert [len(lines) for lines in answers] == [2, 1]  # a line for each mask
+    for line in answers[0] + answers[1]:
+        assert re.fullmatch(r"  cat 0\.\d{3}(   .+ 0\.\d{3}){2}", line)
+
+
+def test_json_is_a_line_for_each_sentence(run, tokenizer, capsys):
+    texts = ['the [MASK] "sat" on the [MASK]', "naïve [MASK]"]
+    main([str(run), *texts, "--json", "--top_k", "2"])
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["text"] for row in found] == texts
+    model = MaskedLM.from_pretrained(run)
+    for row in found:
+        expected = fill_mask(model, tokenizer, row["text"], 2)
+        for mask, answers in zip(row["masks"], expected, strict=True):
+            assert [x["token"] for x in mask] == [token for token, _ in answers]
+            p = [x["probability"] for x in mask]
+            assert p == pytest.approx([p for _, p in answers], abs=1e-6)
 
 
 def test_without_sentences_it_asks_until_an_empty_line(run, capsys, monkeypatch):
@@ -148,7 +158,7 @@ def test_bad_input_gets_one_line(tmp_path, run, capsys):
     for args, expected in (
         ([str(tmp_path / "gone"), "a [MASK]"], "gone: no checkpoint here"),
         ([str(tmp_path), "a [MASK]"], "no checkpoint"),
-        ([str(run), "nothing hidden"], "no [MASK]"),
+        ([str(run), "nothing hidden"], "no [MASK] in 'nothing hidden'"),
         ([str(run), "a [MASK]", "--top_k", "0"], "--top_k 0"),
     ):
         with pytest.raises(SystemExit) as e:

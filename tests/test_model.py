@@ -1,6 +1,5 @@
 """model.py: equal to the originals, flat equals padded, every switch does what it is for."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,8 @@ from model import (
     Dropout,
     Encoder,
     EncoderConfig,
+    LayerNorm,
     MaskedLM,
-    SentenceEmbedder,
     SequenceClassifier,
     TokenClassifier,
     find_folder,
@@ -53,24 +52,19 @@ def padded_batch(lengths=LENGTHS, vocab=101, seed=0):
 # ----------------------------------------------------------------------------- exactness
 
 
-@pytest.mark.parametrize(
-    ("preset", "n"),
-    [
-        ("mosaic-base", 137_400_384),
-        ("mosaic-large", 435_221_312),
-        ("bert-base", 109_518_912),
-        ("bert-large", 335_180_608),
-    ],
-)
-def test_parameter_counts_are_the_papers(preset, n):
+def test_parameter_counts_are_the_papers():
+    counts = {"mosaic-base": 137_400_384, "mosaic-large": 435_221_312}
+    counts |= {"bert-base": 109_518_912, "bert-large": 335_180_608}
     with torch.device("meta"):
-        assert MaskedLM(EncoderConfig(**PRESETS[preset])).n_params() == n
+        for preset, n in counts.items():
+            assert MaskedLM(EncoderConfig(**PRESETS[preset])).n_params() == n, preset
 
 
 def test_flops_formula_gives_the_published_figure():
     mosaic = EncoderConfig(**PRESETS["mosaic-base"])
     assert flops_per_token(mosaic, 128, 0.3) == pytest.approx(736.9e6, rel=1e-3)
-    assert flops_per_token(EncoderConfig(**PRESETS["bert-base"]), 128, 0.15) == pytest.approx(545.4e6, rel=1e-3)
+    bert = EncoderConfig(**PRESETS["bert-base"])
+    assert flops_per_token(bert, 128, 0.15) == pytest.approx(545.4e6, rel=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +72,8 @@ def golden():
     if not GOLDEN.exists():
         pytest.skip("golden vectors of upstream MosaicBERT are not in a plain clone")
     with safe_open(GOLDEN, "pt") as f:
-        return {k: f.get_tensor(k) for k in f.keys()} | {"config": f.metadata()["config"]}  # noqa: SIM118
+        vectors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+        return vectors | {"config": f.metadata()["config"]}
 
 
 def upstream_folder(golden, folder: Path, prefixes=("mlm.",)) -> Path:
@@ -106,14 +101,9 @@ def test_mosaicbert_gradients_match_upstream_on_the_masked_only_path(golden, tmp
     labels = golden["labels"][real]
     masked_idx = (labels != -100).nonzero().squeeze(1)
     cu = torch.cat([torch.zeros(1), real.sum(1).cumsum(0)]).int()
-    loss, _ = model(
-        golden["input_ids"][real],
-        token_type_ids=golden["token_type_ids"][real],
-        labels=labels[masked_idx],
-        cu_seqlens=cu,
-        max_seqlen=40,
-        masked_idx=masked_idx,
-    )
+    args = dict(cu_seqlens=cu, max_seqlen=40, masked_idx=masked_idx, labels=labels[masked_idx])
+    ids, types = (golden[k][real] for k in ("input_ids", "token_type_ids"))
+    loss, _ = model(ids, token_type_ids=types, **args)
     (loss / len(masked_idx)).backward()
     upstream = {k: v for k, v in golden.items() if k.startswith("grad.")}
     # read upstream's gradients through the same renaming as its weights
@@ -128,7 +118,8 @@ def test_mosaicbert_gradients_match_upstream_on_the_masked_only_path(golden, tmp
 
 
 def test_mosaicbert_classifier_matches_upstream(golden, tmp_path):
-    model = SequenceClassifier.from_pretrained(upstream_folder(golden, tmp_path, ("mlm.", "seqcls."))).eval()
+    folder = upstream_folder(golden, tmp_path, ("mlm.", "seqcls."))
+    model = SequenceClassifier.from_pretrained(folder).eval()
     assert model.n_labels == 3 and not model.new_keys
     logits = model(golden["input_ids"], golden["attention_mask"], golden["token_type_ids"])
     torch.testing.assert_close(logits, golden["seqcls_logits"], atol=1e-5, rtol=0)
@@ -137,22 +128,14 @@ def test_mosaicbert_classifier_matches_upstream(golden, tmp_path):
 def hf_config(**changes):
     from transformers import BertConfig
 
-    settings = dict(
-        vocab_size=97,
-        hidden_size=36,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        intermediate_size=50,
-        max_position_embeddings=33,
-        type_vocab_size=3,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return BertConfig(**{**settings, **changes})
+    shape = dict(vocab_size=97, hidden_size=36, num_hidden_layers=3, num_attention_heads=3,
+                 intermediate_size=50, max_position_embeddings=33, type_vocab_size=3)
+    dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return BertConfig(**{**shape, **dropout, **changes})
 
 
 def randomize(module, seed=0):
-    """Weights large enough that a wrong one shows: HF's N(0, 0.02) and zero biases hide mistakes."""
+    """Weights large enough that a wrong one shows: N(0, 0.02) and zero biases hide mistakes."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():
@@ -160,56 +143,42 @@ def randomize(module, seed=0):
     return module
 
 
-def gradients_by_our_names(hf_model, folder: Path, cls, **kwargs):
-    """HF gradients under our names, by sending them through the same loader as the weights."""
-    with torch.no_grad():
-        for p in hf_model.parameters():
-            p.copy_(torch.zeros_like(p) if p.grad is None else p.grad)
-    hf_model.save_pretrained(folder)
-    return dict(cls.from_pretrained(folder, **kwargs).named_parameters())
-
-
 @pytest.mark.parametrize("lengths", [[9, 33, 1, 17], [5]])
-def test_bert_mlm_matches_transformers_with_every_gradient(tmp_path, lengths):
-    from transformers import BertForMaskedLM
+@pytest.mark.parametrize("head", ["MaskedLM", "SequenceClassification"])
+def test_bert_matches_transformers_with_every_gradient(tmp_path, lengths, head):
+    import transformers
 
-    hf = randomize(BertForMaskedLM(hf_config())).eval()
-    hf.save_pretrained(tmp_path / "w")
-    ours = MaskedLM.from_pretrained(tmp_path / "w").eval()
+    theirs = getattr(transformers, f"BertFor{head}")(hf_config(num_labels=4))
+    theirs = randomize(theirs).eval()
+    theirs.save_pretrained(tmp_path / "w")
     ids, mask = padded_batch(lengths, vocab=97)
-    types = torch.arange(ids.numel()).reshape(ids.shape) % 3
-    labels = torch.where((torch.arange(ids.numel()).reshape(ids.shape) % 4 == 0) & mask.bool(), ids, -100)
-    theirs = hf(ids, attention_mask=mask, token_type_ids=types, labels=labels)
-    loss, logits = ours(ids, mask, types, labels=labels)
-    torch.testing.assert_close(logits[mask.bool()], theirs.logits[mask.bool()], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(loss, theirs.loss, atol=1e-5, rtol=0)
+    place = torch.arange(ids.numel()).reshape(ids.shape)
+    inputs = dict(input_ids=ids, attention_mask=mask, token_type_ids=place % 3)
+    if head == "MaskedLM":
+        cls, real = MaskedLM, mask.bool()
+        inputs["labels"] = torch.where((place % 4 == 0) & real, ids, -100)
+        ours = cls.from_pretrained(tmp_path / "w").eval()
+        loss, logits = ours(**inputs)
+    else:
+        cls, real, inputs["labels"] = SequenceClassifier, ..., torch.arange(len(lengths))
+        ours = cls.from_pretrained(tmp_path / "w").eval()
+        logits = ours(ids, mask, place % 3)
+        loss = F.cross_entropy(logits, inputs["labels"])
+    expected = theirs(**inputs)
+    torch.testing.assert_close(logits[real], expected.logits[real], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss, expected.loss, atol=1e-5, rtol=0)
     loss.backward()
-    theirs.loss.backward()
-    gradients = gradients_by_our_names(hf, tmp_path / "g", MaskedLM)
+    expected.loss.backward()
+    with torch.no_grad():  # their gradients by our names: through the same loader as the weights
+        for p in theirs.parameters():
+            p.copy_(torch.zeros_like(p) if p.grad is None else p.grad)
+    theirs.save_pretrained(tmp_path / "g")
+    gradients = dict(cls.from_pretrained(tmp_path / "g").named_parameters())
     for name, p in ours.named_parameters():
         torch.testing.assert_close(p.grad, gradients[name].data, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_bert_classifier_matches_transformers_with_every_gradient(tmp_path):
-    from transformers import BertForSequenceClassification
-
-    hf = randomize(BertForSequenceClassification(hf_config(num_labels=4))).eval()
-    hf.save_pretrained(tmp_path / "w")
-    ours = SequenceClassifier.from_pretrained(tmp_path / "w").eval()
-    ids, mask = padded_batch([9, 33, 1, 17], vocab=97)
-    types = (torch.arange(33) > 6).long().expand(4, 33)
-    target = torch.tensor([0, 3, 1, 2])
-    theirs = hf(ids, attention_mask=mask, token_type_ids=types, labels=target)
-    logits = ours(ids, mask, types)
-    torch.testing.assert_close(logits, theirs.logits, atol=1e-5, rtol=1e-5)
-    F.cross_entropy(logits, target).backward()
-    theirs.loss.backward()
-    gradients = gradients_by_our_names(hf, tmp_path / "g", SequenceClassifier, n_labels=4)
-    for name, p in ours.named_parameters():
-        torch.testing.assert_close(p.grad, gradients[name].data, atol=1e-5, rtol=1e-4, msg=name)
-
-
-# ----------------------------------------------------------------------------- flat, padded, masked-only
+# ----------------------------------------------------------------------------- flat and padded
 
 
 @pytest.mark.parametrize("position", ["alibi", "learned", "rope"])
@@ -257,7 +226,8 @@ def test_left_padding_equals_right_padding():
     left_ids, left_mask = ids.clone(), mask.clone()
     for b, n in enumerate(LENGTHS):
         left_ids[b], left_mask[b] = ids[b].roll(ids.shape[1] - n), mask[b].roll(ids.shape[1] - n)
-    torch.testing.assert_close(model(left_ids, left_mask)[left_mask.bool()], model(ids, mask)[mask.bool()])
+    left = model(left_ids, left_mask)[left_mask.bool()]
+    torch.testing.assert_close(left, model(ids, mask)[mask.bool()])
 
 
 def test_a_mask_with_a_hole_is_refused():
@@ -270,16 +240,17 @@ def test_a_mask_with_a_hole_is_refused():
 @pytest.mark.parametrize("norm", ["post", "pre"])
 def test_masked_only_equals_full_in_value_and_gradient(norm):
     ids, cu, S = flat_batch()
-    masked_idx, results = torch.tensor([1, 5, 7, 20]), []
+    idx, results = torch.tensor([1, 5, 7, 20]), []
     for masked_only in (True, False):
         torch.manual_seed(0)
         model = MaskedLM(small(norm=norm, masked_only_last_layer=masked_only, **NO_DROPOUT))
-        loss, right = model(ids, cu_seqlens=cu, max_seqlen=S, masked_idx=masked_idx, labels=ids[masked_idx])
+        args = dict(cu_seqlens=cu, max_seqlen=S, masked_idx=idx, labels=ids[idx])
+        loss, n_correct = model(ids, **args)
         loss.backward()
-        results.append((loss, right, {k: p.grad for k, p in model.named_parameters()}))
-    (loss_a, right_a, grads_a), (loss_b, right_b, grads_b) = results
+        results.append((loss, n_correct, {k: p.grad for k, p in model.named_parameters()}))
+    (loss_a, n_a, grads_a), (loss_b, n_b, grads_b) = results
     torch.testing.assert_close(loss_a, loss_b)
-    assert right_a == right_b
+    assert n_a == n_b
     for name in grads_a:
         torch.testing.assert_close(grads_a[name], grads_b[name], atol=1e-6, rtol=1e-5, msg=name)
 
@@ -288,23 +259,21 @@ def test_masked_only_computes_only_the_masked_rows():
     rows = {}
     for masked_only in (True, False):
         model = MaskedLM(small(masked_only_last_layer=masked_only))
-        model.encoder.layers[-1].mlp.register_forward_hook(
-            lambda _m, args, _o, masked_only=masked_only: rows.__setitem__(masked_only, len(args[0]))
-        )
+        seen = rows[masked_only] = []
+        last = model.encoder.layers[-1].mlp
+        last.register_forward_hook(lambda _m, args, _o, seen=seen: seen.append(len(args[0])))
         ids, cu, S = flat_batch()
         model(ids, cu_seqlens=cu, max_seqlen=S, masked_idx=torch.tensor([2, 9]))
-    assert rows == {True: 2, False: sum(LENGTHS)}
+    assert rows == {True: [2], False: [sum(LENGTHS)]}
 
 
 def test_nothing_is_repadded_on_the_training_path(monkeypatch):
     """Every linear layer sees exactly the real tokens, or the masked ones."""
-    seen = []
-    linear = F.linear
-    monkeypatch.setattr(F, "linear", lambda x, *a, **k: (seen.append(tuple(x.shape)), linear(x, *a, **k))[1])
-    model = MaskedLM(small())
-    ids, cu, S = flat_batch()
-    model(ids, cu_seqlens=cu, max_seqlen=S, masked_idx=torch.tensor([2, 9, 11]), labels=ids[[2, 9, 11]])
-    assert {shape[0] for shape in seen} == {sum(LENGTHS), 3}
+    seen, linear = set(), F.linear
+    monkeypatch.setattr(F, "linear", lambda x, *a: (seen.add(len(x)), linear(x, *a))[1])
+    (ids, cu, S), idx = flat_batch(), torch.tensor([2, 9, 11])
+    MaskedLM(small())(ids, cu_seqlens=cu, max_seqlen=S, masked_idx=idx, labels=ids[idx])
+    assert seen == {sum(LENGTHS), 3}
 
 
 # ----------------------------------------------------------------------------- long, empty, odd
@@ -326,9 +295,9 @@ def test_finite_on_adversarial_inputs(mode):
     model = MaskedLM(small(n_layers=1, n_heads=1))
     model = model.bfloat16() if mode == "bf16" else model
     ids, cu, S = flat_batch([3] * 250 + [8_192, 1, 0, 1] + [3] * 250)
-    masked_idx = torch.arange(0, len(ids), 5)
+    idx = torch.arange(0, len(ids), 5)
     with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
-        loss, _ = model(ids, cu_seqlens=cu, max_seqlen=S, masked_idx=masked_idx, labels=ids[masked_idx])
+        loss, _ = model(ids, cu_seqlens=cu, max_seqlen=S, masked_idx=idx, labels=ids[idx])
     loss.backward()
     assert torch.isfinite(loss)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
@@ -339,12 +308,11 @@ def test_a_row_of_padding_gives_finite_output():
     mask[1] = 0
     hidden = Encoder(small())(ids, mask)
     assert torch.isfinite(hidden).all() and not hidden[1].any()
-    for model in (SequenceClassifier(small(), 3), SentenceEmbedder(small())):
-        out = model(ids, mask)
-        out.sum().backward()
-        assert torch.isfinite(out).all() and all(
-            torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None
-        )
+    model = SequenceClassifier(small(), 3)
+    out = model(ids, mask)
+    out.sum().backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(torch.isfinite(x).all() for x in (out, *grads))
     mask[:] = 0
     with pytest.raises(ValueError, match="hides every token"):
         Encoder(small())(ids, mask)
@@ -353,37 +321,16 @@ def test_a_row_of_padding_gives_finite_output():
 # ----------------------------------------------------------------------------- heads
 
 
-def test_classifier_flat_equals_padded_and_has_the_right_shape():
-    model = SequenceClassifier(small(), 3).eval()
-    ids, cu, S = flat_batch()
-    flat = model(ids, cu_seqlens=cu, max_seqlen=S)
-    assert flat.shape == (4, 3) and flat.dtype == torch.float32
-    torch.testing.assert_close(flat, model(*padded_batch()), atol=1e-6, rtol=1e-5)
-
-
-def test_token_classifier_shapes():
-    model = TokenClassifier(small(), 5).eval()
+def test_classifiers_flat_equal_padded_and_need_labels():
     ids, cu, S = flat_batch()
     padded, mask = padded_batch()
-    assert model(ids, cu_seqlens=cu, max_seqlen=S).shape == (sum(LENGTHS), 5)
-    assert model(padded, mask).shape == (4, S, 5)
-
-
-def test_sentence_embedding_is_the_normalised_mean():
-    model = SentenceEmbedder(small()).eval()
-    padded, mask = padded_batch()
-    hidden = model.encoder(padded, mask)
-    mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-    torch.testing.assert_close(model(padded, mask), F.normalize(mean, dim=-1), atol=1e-6, rtol=1e-5)
-    ids, cu_seqlens = padded[0], torch.tensor([0, 4, 7], dtype=torch.int32)
-    more = model(ids[:10], cu_seqlens=cu_seqlens, max_seqlen=4)  # rows behind the last document are nobody's
-    torch.testing.assert_close(more, model(ids[:7], cu_seqlens=cu_seqlens, max_seqlen=4))
-
-
-@pytest.mark.parametrize("cls", [SequenceClassifier, TokenClassifier])
-def test_a_classifier_without_labels_is_refused(cls):
-    with pytest.raises(ValueError, match="n_labels"):
-        cls(small(), 0)
+    for cls, real, n in (SequenceClassifier, ..., 4), (TokenClassifier, mask.bool(), sum(LENGTHS)):
+        model = cls(small(), 3).eval()
+        flat = model(ids, cu_seqlens=cu, max_seqlen=S)
+        assert flat.shape == (n, 3) and flat.dtype == torch.float32
+        torch.testing.assert_close(flat, model(padded, mask)[real], atol=1e-6, rtol=1e-5)
+        with pytest.raises(ValueError, match="n_labels"):
+            cls(small(), 0)
 
 
 # ----------------------------------------------------------------------------- switches
@@ -396,18 +343,36 @@ def output(seed=0, train=False, **changes):
     return model.flat(*flat_batch())
 
 
-def n_params(**changes):
-    return MaskedLM(small(**changes)).n_params()
+@pytest.mark.parametrize(
+    ("changes", "more"),
+    [
+        (dict(position="learned", max_positions=64), 64 * 32),
+        (dict(mlp="gelu"), -2 * (32 * 48 - 48)),  # without the second half; gelu has a bias
+        (dict(d_ff=96), 2 * 3 * 32 * 48),
+        (dict(norm="pre"), 2 * 32),
+        (dict(bias=False), -2 * (3 * 32 + 32 + 32)),
+        (dict(vocab_multiple=64), (128 - 101) * (32 + 1)),
+        (dict(tie_head=False), 101 * 32),
+        (dict(n_token_types=4), 2 * 32),
+    ],
+    ids=str,
+)
+def test_switches_add_and_take_parameters(changes, more):
+    assert MaskedLM(small(**changes)).n_params() - MaskedLM(small()).n_params() == more
 
 
-def test_position_switch():
-    assert n_params(position="learned", max_positions=64) - n_params() == 64 * 32
-    ids = torch.full((10,), 7)
-    cu = torch.tensor([0, 10], dtype=torch.int32)
-    hidden = Encoder(small()).eval().flat(ids, cu, 10)
-    # with one repeated token only distance could tell places apart, and a softmax over equal values cannot
-    torch.testing.assert_close(hidden[0], hidden[9], atol=1e-5, rtol=1e-4)
-    assert (Encoder(small(position="learned")).eval().flat(ids, cu, 10)[[0, 9]].diff(dim=0)).abs().max() > 1e-3
+@pytest.mark.parametrize("changes", [dict(norm="pre"), dict(norm_eps=0.1)], ids=str)
+def test_switches_that_change_the_output(changes):
+    assert (output(**changes) - output()).abs().max() > 1e-3
+
+
+def test_learned_positions_tell_places_apart_where_alibi_cannot():
+    """In a repeated token only position differs, and a softmax over equal values hides ALiBi."""
+    ids, cu = torch.full((10,), 7), torch.tensor([0, 10], dtype=torch.int32)
+    models = (Encoder(small(position=position)).eval() for position in ("alibi", "learned"))
+    alibi, learned = (model.flat(ids, cu, 10) for model in models)
+    torch.testing.assert_close(alibi[0], alibi[9], atol=1e-5, rtol=1e-4)
+    assert (learned[0] - learned[9]).abs().max() > 1e-3
 
 
 def test_alibi_makes_order_matter():
@@ -418,34 +383,21 @@ def test_alibi_makes_order_matter():
     assert (model.flat(ids, cu, S)[0] - model.flat(swapped, cu, S)[0]).abs().max() > 1e-4
 
 
-def test_mlp_switches():
-    assert n_params() - n_params(mlp="gelu") == 2 * (32 * 48 - 48)  # the second half; gelu has a bias
-    assert n_params(d_ff=96) - n_params() == 2 * 3 * 32 * 48
-
-
-def test_norm_switch():
-    assert n_params(norm="pre") - n_params() == 2 * 32
-    assert (output(norm="pre") - output()).abs().max() > 1e-3
-
-
 @torch.no_grad()
 def test_pre_norm_is_torchs():
     cfg = small(norm="pre", mlp="gelu", position="learned", max_positions=12)
     model = randomize(Encoder(cfg)).eval()
-    names = {
-        "self_attn.in_proj_": "attention.qkv.",
-        "self_attn.out_proj.": "attention_out.",
-        "linear1.": "mlp.inp.",
-        "linear2.": "mlp.out.",
-        "norm1.": "attention_norm.",
-        "norm2.": "mlp_norm.",
-    }
+    names = {"self_attn.in_proj_": "attention.qkv.", "self_attn.out_proj.": "attention_out.",
+             "linear1.": "mlp.inp.", "linear2.": "mlp.out.", "norm1.": "attention_norm.",
+             "norm2.": "mlp_norm."}
     ids, cu = torch.randint(5, 101, (12,)), torch.tensor([0, 12], dtype=torch.int32)
     x = model.embeddings(ids, cu, None)[None]
     for layer in model.layers:
-        theirs = torch.nn.TransformerEncoderLayer(32, 2, 48, 0.0, F.gelu, 1e-12, batch_first=True, norm_first=True)
+        how = dict(activation=F.gelu, layer_norm_eps=1e-12, batch_first=True, norm_first=True)
+        theirs = torch.nn.TransformerEncoderLayer(32, 2, 48, 0.0, **how)
         own = dict(layer.named_parameters())
-        theirs.load_state_dict({a + end: own[b + end] for a, b in names.items() for end in ("weight", "bias")})
+        ends = "weight", "bias"
+        theirs.load_state_dict({a + end: own[b + end] for a, b in names.items() for end in ends})
         x = theirs.eval()(x)
     expected = F.layer_norm(x[0], (32,), model.final_norm.weight, model.final_norm.bias, 1e-12)
     torch.testing.assert_close(model.flat(ids, cu, 12), expected, atol=1e-5, rtol=1e-4)
@@ -454,7 +406,7 @@ def test_pre_norm_is_torchs():
 @pytest.mark.parametrize("mlp", ["geglu", "gelu"])
 def test_weights_begin_as_berts(mlp):
     torch.manual_seed(0)
-    cfg = EncoderConfig(vocab_size=500, n_layers=2, n_heads=2, d_model=64, d_ff=96, mlp=mlp, position="learned")
+    cfg = small(vocab_size=500, d_model=64, d_ff=96, mlp=mlp, position="learned")
     for model in (MaskedLM(cfg), SequenceClassifier(cfg, 9)):
         for name, p in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
@@ -471,20 +423,16 @@ def test_dropout_keeps_the_mean():
         assert y.max().item() == pytest.approx(1 / (1 - p), rel=1e-3)
 
 
-def test_bias_switch():
-    assert n_params() - n_params(bias=False) == 2 * (3 * 32 + 32 + 32)
-
-
-@pytest.mark.parametrize("place", ["embedding_dropout", "output_dropout", "mlp_dropout", "attention_dropout"])
+@pytest.mark.parametrize("place", NO_DROPOUT)
 def test_dropout_switch(place):
-    without, dropped = NO_DROPOUT, NO_DROPOUT | {place: 0.4}
-    torch.testing.assert_close(output(train=True, **without), output(train=False, **without))
-    assert (output(train=True, **dropped) - output(train=False, **without)).abs().max() > 1e-3
-    torch.testing.assert_close(output(train=False, **dropped), output(train=False, **without))
+    still = output(**NO_DROPOUT)
+    torch.testing.assert_close(output(train=True, **NO_DROPOUT), still)
+    assert (output(train=True, **{**NO_DROPOUT, place: 0.4}) - still).abs().max() > 1e-3
+    torch.testing.assert_close(output(**{**NO_DROPOUT, place: 0.4}), still)
 
 
 def test_mlp_dropout_sits_where_upstream_has_it():
-    """geglu: on the product, so its zeros pass through the last projection; gelu: after it, so zeros stay zeros."""
+    """geglu: before the last projection, which mixes its zeros; gelu: after it, where they stay."""
     x = torch.randn(50, 32)
     torch.manual_seed(0)
     gated = Encoder(small(mlp_dropout=0.5)).layers[0].mlp(x)
@@ -514,13 +462,10 @@ def test_attention_backend_switch():
         output(attention="triton")  # on a CPU
 
 
-def test_vocabulary_padding_and_tied_head_switches():
-    assert n_params(vocab_multiple=64) - n_params() == (128 - 101) * (32 + 1)
-    model = MaskedLM(small(tie_head=False))
-    assert n_params(tie_head=False) - n_params() == 101 * 32
-    assert model.head.decoder.weight is not model.encoder.embeddings.word.weight
-    tied = MaskedLM(small())
-    assert tied.head.decoder.weight is tied.encoder.embeddings.word.weight
+def test_a_tied_head_is_the_embedding():
+    for tied in (True, False):
+        model = MaskedLM(small(tie_head=tied))
+        assert (model.head.decoder.weight is model.encoder.embeddings.word.weight) is tied
 
 
 def test_activation_checkpointing_recomputes_and_changes_nothing():
@@ -532,18 +477,14 @@ def test_activation_checkpointing_recomputes_and_changes_nothing():
         count = []
         model.encoder.layers[0].mlp.register_forward_hook(lambda *_, count=count: count.append(1))
         torch.manual_seed(1)
-        loss, _ = model(ids, cu_seqlens=cu, max_seqlen=S, masked_idx=torch.tensor([3, 8]), labels=ids[[3, 8]])
+        idx = torch.tensor([3, 8])
+        loss, _ = model(ids, cu_seqlens=cu, max_seqlen=S, masked_idx=idx, labels=ids[idx])
         loss.backward()
         grads.append([p.grad for p in model.parameters()])
         calls.append(len(count))
     assert calls == [1, 2]
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b)
-
-
-def test_token_types_and_eps_switches():
-    assert n_params(n_token_types=4) - n_params() == 2 * 32
-    assert (output(norm_eps=0.1) - output()).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -565,18 +506,17 @@ def test_invalid_combinations_are_refused_with_a_sentence(changes, sentence):
         Encoder(small(**changes))
 
 
-# ----------------------------------------------------------------------------- low-precision LayerNorm
+# ----------------------------------------------------------------------------- LayerNorm, compile
 
 
 def test_low_precision_layernorm_runs_in_the_autocast_dtype_and_is_near_fp32():
-    from model import LayerNorm
-
     x = torch.randn(500, 64) * 3 + 1
     exact = F.layer_norm(x.double(), (64,))
     errors = {}
     for low in (True, False):
-        norm = LayerNorm(64, 1e-12, low_precision=low)
-        torch.testing.assert_close(norm(x).double(), exact, atol=1e-5, rtol=1e-5)  # without autocast: fp32
+        norm = LayerNorm(small(d_model=64, low_precision_norm=low))
+        # without autocast: fp32
+        torch.testing.assert_close(norm(x).double(), exact, atol=1e-5, rtol=1e-5)
         with torch.autocast("cpu", torch.bfloat16):
             y = norm(x)
         assert y.dtype == (torch.bfloat16 if low else torch.float32)
@@ -597,10 +537,10 @@ def test_compiles_to_one_graph_and_never_again_for_other_documents(backend):
     for lengths in ([7, 1, 12, 3], [3, 12, 7, 1], [12, 3, 1, 7], [10, 10, 1, 2]):
         ids, cu, _ = flat_batch(lengths)
         args = dict(cu_seqlens=cu, max_seqlen=12, masked_idx=masked_idx, labels=ids[masked_idx])
-        loss, right = compiled(ids, **args)
-        expected, right_expected = model(ids, **args)
+        loss, n_correct = compiled(ids, **args)
+        expected, n_expected = model(ids, **args)
         torch.testing.assert_close(loss, expected)
-        assert right == right_expected
+        assert n_correct == n_expected
         loss.backward()
         torch._dynamo.config.error_on_recompile = True
     torch._dynamo.config.error_on_recompile = False
@@ -610,8 +550,9 @@ def test_compiles_to_one_graph_and_never_again_for_other_documents(backend):
 
 
 def test_saved_and_loaded_is_bit_for_bit_the_same(tmp_path):
-    for i, cfg in enumerate([small(), small(tie_head=False, norm="pre"), small(position="learned", mlp="gelu")]):
-        model = randomize(MaskedLM(cfg))
+    untied, bert = dict(tie_head=False, norm="pre"), dict(position="learned", mlp="gelu")
+    for i, changes in enumerate([{}, untied, bert]):
+        model = randomize(MaskedLM(small(**changes)))
         model.save_pretrained(tmp_path / str(i))
         again = MaskedLM.from_pretrained(tmp_path / str(i))
         assert again.cfg == model.cfg and not again.new_keys
@@ -625,7 +566,7 @@ def test_encoder_and_heads_load_from_a_masked_lm_checkpoint(tmp_path):
     ids, mask = padded_batch()
     expected = model.encoder(ids, mask)
     torch.testing.assert_close(Encoder.from_pretrained(tmp_path).eval()(ids, mask), expected)
-    classifier = SequenceClassifier.from_pretrained(tmp_path, n_labels=2, classifier_dropout=0.3).eval()
+    classifier = SequenceClassifier.from_pretrained(tmp_path, 2, classifier_dropout=0.3).eval()
     torch.testing.assert_close(classifier.encoder(ids, mask), expected)
     assert {k.split(".")[0] for k in classifier.new_keys} == {"pooler", "classifier"}
     assert classifier.cfg.classifier_dropout == 0.3
@@ -634,7 +575,8 @@ def test_encoder_and_heads_load_from_a_masked_lm_checkpoint(tmp_path):
     torch.testing.assert_close(again(ids, mask), classifier(ids, mask))
     assert TokenClassifier.from_pretrained(tmp_path, n_labels=7).n_labels == 7
     Encoder.from_pretrained(tmp_path).save_pretrained(tmp_path / "encoder")
-    torch.testing.assert_close(Encoder.from_pretrained(tmp_path / "encoder").eval()(ids, mask), expected)
+    again = Encoder.from_pretrained(tmp_path / "encoder").eval()
+    torch.testing.assert_close(again(ids, mask), expected)
 
 
 def test_a_run_folder_means_its_newest_complete_checkpoint(tmp_path):
@@ -646,42 +588,49 @@ def test_a_run_folder_means_its_newest_complete_checkpoint(tmp_path):
     assert MaskedLM.from_pretrained(tmp_path).head.decoder.bias[0] == 100
 
 
+def assert_same_logits(ours, theirs):
+    ids, mask = padded_batch(vocab=97)
+    a, b = ours(ids, mask), theirs(ids, mask).logits
+    torch.testing.assert_close(a[mask.bool()], b[mask.bool()], atol=1e-5, rtol=1e-5)
+
+
 def test_pytorch_bin_and_tensorflow_names_load(tmp_path):
-    """bert-base-uncased: LayerNorm gamma and beta, a pooler and next-sentence weights nobody asked for."""
+    """bert-base-uncased: LayerNorm gamma and beta, a pooler and next-sentence weights."""
     from transformers import BertForMaskedLM
 
     hf = randomize(BertForMaskedLM(hf_config())).eval()
     hf.save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
-    old = {
-        k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v
-        for k, v in state.items()
-    }
-    old |= {"cls.seq_relationship.weight": torch.zeros(2, 36), "bert.embeddings.position_ids": torch.arange(33)[None]}
-    old |= {"bert.pooler.dense.weight": torch.zeros(36, 36), "bert.pooler.dense.bias": torch.zeros(36)}
+    old = {k.replace("LayerNorm.weight", "LayerNorm.gamma"): v for k, v in state.items()}
+    old = {k.replace("LayerNorm.bias", "LayerNorm.beta"): v for k, v in old.items()}
+    old["bert.embeddings.position_ids"] = torch.arange(33)[None]
+    for name in "cls.seq_relationship.weight", "bert.pooler.dense.weight", "bert.pooler.dense.bias":
+        old[name] = torch.zeros(3)
     torch.save(old, tmp_path / "pytorch_model.bin")
-    ids, mask = padded_batch(vocab=97)
-    ours = MaskedLM.from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(ours(ids, mask)[mask.bool()], hf(ids, mask).logits[mask.bool()], atol=1e-5, rtol=1e-5)
+    assert_same_logits(MaskedLM.from_pretrained(tmp_path).eval(), hf)
 
 
-def test_a_pickle_that_is_not_weights_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    torch.save({"x": Path("/")}, tmp_path / "pytorch_model.bin")
+def test_damaged_weights_are_one_line_naming_the_file(tmp_path):
+    MaskedLM(small()).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged") as e:
+        MaskedLM.from_pretrained(tmp_path)
+    assert "\n" not in str(e.value)
+    file.unlink()
+    torch.save({"x": Path("/")}, tmp_path / "pytorch_model.bin")  # a pickle that holds no weights
     with pytest.raises(ValueError, match=r"pytorch_model\.bin is damaged"):
         MaskedLM.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("changes", [dict(tie_word_embeddings=False), dict(layer_norm_eps=1e-3)], ids=str)
+@pytest.mark.parametrize("changes", [dict(tie_word_embeddings=False), dict(layer_norm_eps=1e-3)])
 def test_an_untied_decoder_and_another_epsilon_of_a_bert_are_kept(tmp_path, changes):
     from transformers import BertForMaskedLM
 
     hf = randomize(BertForMaskedLM(hf_config(**changes))).eval()
     hf.save_pretrained(tmp_path)
-    ids, mask = padded_batch(vocab=97)
-    ours = MaskedLM.from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(ours(ids, mask)[mask.bool()], hf(ids, mask).logits[mask.bool()], atol=1e-5, rtol=1e-5)
+    assert_same_logits(MaskedLM.from_pretrained(tmp_path).eval(), hf)
 
 
 @pytest.mark.parametrize(("stated", "meant"), [(None, 0.25), (0.0, 0.0), (0.5, 0.5)])
@@ -693,29 +642,23 @@ def test_a_berts_classifier_dropout_is_its_hidden_one_unless_stated(tmp_path, st
     assert SequenceClassifier.from_pretrained(tmp_path, n_labels=2).cfg.classifier_dropout == meant
 
 
-def broken(tmp_path, change):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("encoder.layers.1.mlp.out.bias"), "missing: encoder.layers.1.mlp.out.b"),
+        (lambda w: w.pop("head.dense.weight"), "missing: head.dense.weight"),
+        (lambda w: w.update(extra=torch.zeros(1)), "unexpected: extra"),
+        (lambda w: w.update({"head.norm.weight": torch.zeros(3)}),
+         r"head.norm.weight: .*\[3\].* from checkpoint, .* current model is .*\[32\]"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named_in_one_line(tmp_path, change, message):
     MaskedLM(small()).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     change(weights)
     save_file(weights, tmp_path / "model.safetensors")
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda w: w.pop("encoder.layers.1.mlp.out.bias"), "missing: encoder.layers.1.mlp.out.bias"),
-        (lambda w: w.pop("head.dense.weight"), "missing: head.dense.weight"),
-        (lambda w: w.update(extra=torch.zeros(1)), "unexpected: extra"),
-        (
-            lambda w: w.update({"encoder.layers.0.attention.qkv.weight": torch.zeros(3, 2)}),
-            r"wrong shape: encoder.layers.0.attention.qkv.weight \(3, 2\) instead of \(96, 32\)",
-        ),
-    ],
-)
-def test_weights_that_do_not_fit_are_named_in_one_line(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as e:
-        MaskedLM.from_pretrained(broken(tmp_path, change))
+        MaskedLM.from_pretrained(tmp_path)
     assert "\n" not in str(e.value)
 
 
@@ -733,39 +676,36 @@ def test_a_hub_name_is_looked_up_in_the_hubs_cache(tmp_path, monkeypatch):
 
 
 def test_missing_folders_and_files_are_named(tmp_path):
-    for path in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(ValueError, match=r"config\.json"):
-            MaskedLM.from_pretrained(path)
-    with pytest.raises(ValueError, match="no-such/model: neither a folder here nor found on the hub"):
+    with pytest.raises(ValueError, match="no-such/model: neither a folder here nor found on"):
         MaskedLM.from_pretrained("no-such/model")
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is damaged"):
-        MaskedLM.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nanomosaicbert"}))
-    with pytest.raises(ValueError, match=r"no model\.safetensors"):
-        MaskedLM.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="gpt2"):
-        MaskedLM.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "vocab_size": 9}))
-    with pytest.raises(ValueError, match=r"config\.json has no 'num_hidden_layers'"):
-        MaskedLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        MaskedLM.from_pretrained(tmp_path / "nothing")
+    (tmp_path / "weights").mkdir()
+    save_file({"x": torch.zeros(1)}, tmp_path / "weights/model.safetensors")
+    for folder, config, message in (
+        (tmp_path, "{", r"config\.json is damaged"),
+        (tmp_path, '{"model_type": "nanomosaicbert"}', r"no model\.safetensors"),
+        (tmp_path / "weights", '{"model_type": "gpt2"}', "gpt2"),
+        (tmp_path / "weights", '{"vocab_size": 9}', r"config\.json has no 'num_hidden_layers'"),
+    ):
+        (folder / "config.json").write_text(config)
+        with pytest.raises(ValueError, match=message):
+            MaskedLM.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_fused_head_has_the_gradients_of_the_plain_one(dtype):
-    """Loss, hits and every gradient of head.loss against decoder and masked_cross_entropy, for a scaled loss."""
+    """Loss, hits and gradients of head.loss against decoder and masked_cross_entropy, scaled."""
     torch.manual_seed(0)
-    model = MaskedLM(EncoderConfig(vocab_size=128, n_layers=1, n_heads=2, d_model=32, d_ff=64)).train()
+    model = MaskedLM(small(vocab_size=128, n_layers=1)).train()
     torch.nn.init.normal_(model.head.decoder.weight)
     x, labels = torch.randn(20, 32), torch.randint(128, (20,))
 
     def gradients(loss_of):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
-            loss, right = loss_of()
+            loss, n_correct = loss_of()
         grads = torch.autograd.grad(loss / 7, list(model.head.parameters()))
-        return [loss.detach(), right, *grads]
+        return [loss.detach(), n_correct, *grads]
 
     fused = gradients(lambda: model.head.loss(x, labels))
     plain = gradients(lambda: masked_cross_entropy(model.head(x), labels))
@@ -773,20 +713,10 @@ def test_the_fused_head_has_the_gradients_of_the_plain_one(dtype):
         assert (a - b).norm() <= (1e-5 if dtype == torch.float32 else 0.02) * b.norm()
 
 
-def test_damaged_weights_are_one_line_naming_the_file(tmp_path):
-    model = MaskedLM(EncoderConfig(vocab_size=128, n_layers=1, n_heads=2, d_model=32, d_ff=64))
-    model.save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"model\.safetensors is damaged") as e:
-        MaskedLM.from_pretrained(tmp_path)
-    assert "\n" not in str(e.value)
-
-
 def test_only_the_decoder_bias_may_be_trained():
     """The gradient is that of the plain head, though nothing below it wants one."""
     torch.manual_seed(0)
-    model = MaskedLM(EncoderConfig(vocab_size=128, n_layers=1, n_heads=2, d_model=32, d_ff=64)).train()
+    model = MaskedLM(small(vocab_size=128, n_layers=1)).train()
     bias = model.head.decoder.bias
     model.requires_grad_(False)
     bias.requires_grad_(True)
@@ -798,11 +728,12 @@ def test_only_the_decoder_bias_may_be_trained():
 
 def test_an_empty_document_has_no_part_in_its_neighbours_gradient():
     torch.manual_seed(0)
-    model = SequenceClassifier(EncoderConfig(vocab_size=128, n_layers=2, n_heads=2, d_model=32, d_ff=64), 2).eval()
+    model = SequenceClassifier(small(vocab_size=128), 2).eval()
     ids, grads = torch.randint(5, 128, (5,)), []
     for cu in ([0, 4, 5], [0, 4, 5, 5], [0, 0, 4, 5]):
         logits = model(ids, cu_seqlens=torch.tensor(cu, dtype=torch.int32), max_seqlen=4)
         real = torch.tensor(cu).diff() > 0
-        grads.append(torch.autograd.grad(logits[real].square().sum(), model.encoder.embeddings.word.weight)[0])
+        word, loss = model.encoder.embeddings.word.weight, logits[real].square().sum()
+        grads.append(torch.autograd.grad(loss, word)[0])
     torch.testing.assert_close(grads[1], grads[0])
     torch.testing.assert_close(grads[2], grads[0])
