@@ -31,7 +31,12 @@ class BadInput(ValueError):
     """Something the user can mend, in one line: what, where, what to do."""
 
 
-# --------------------------------------------------------------------------- files
+def make_folder(folder: Path) -> None:
+    """Make a folder and see that it can be written to: OSError now, not after hours of work."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".{os.getpid()}.tmp"
+    probe.touch()
+    probe.unlink()
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -97,9 +102,6 @@ def listed(items: Sequence, most: int = 5) -> str:
     return ", ".join(map(str, items[:most])) + more
 
 
-# --------------------------------------------------------------------------- statistics
-
-
 def standard_error(values: list[float]) -> float:
     """Standard error of the mean, s / sqrt(n) with s over n - 1; nan for fewer than two values."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
@@ -115,9 +117,6 @@ def paired_test(x: list[float], y: list[float]) -> tuple[float, float, float]:
 
     test = ttest_rel(x, y)
     return float(test.pvalue), *map(float, test.confidence_interval(0.95))
-
-
-# --------------------------------------------------------------------------- what is drawn
 
 
 @dataclass
@@ -222,7 +221,7 @@ def read_runs(folders: list[Path], logs: bool = True) -> list[Run]:
 
 
 def read_sweep(path: Path) -> list[dict]:
-    """The runs' rows in a sweep's records.jsonl; none if it is no sweep's."""
+    """The runs' rows in a sweep's records.jsonl."""
     rows, skipped = read_jsonl(path)
     if skipped:
         note(f"skipped {skipped} damaged or unfinished line(s) in {path}")
