@@ -598,7 +598,7 @@ def find_folder(path_or_name: str | Path) -> Path:
         raise ValueError(f"{name}: no checkpoint here; give a run folder or one with config.json")
     from huggingface_hub import snapshot_download
 
-    files = ["config.json", "*.safetensors", "pytorch_model.bin", "tokenizer.json", "vocab.txt"]
+    files = ["config.json", "*.safetensors", "pytorch_model.bin", "tokenizer*.json", "vocab.txt"]
     try:
         return Path(snapshot_download(name, allow_patterns=files))
     except Exception as e:  # the hub client raises a dozen kinds; the user needs one line

@@ -112,12 +112,19 @@ class Tokenizer:
 
     @classmethod
     def from_hf(cls, path: Path) -> "Tokenizer":
-        """A Hugging Face tokenizer.json (WordPiece, BPE, Unigram) as it is. BadInput when it is
-        none, or when it lacks a mask, padding, unknown, start or end token."""
+        """A Hugging Face tokenizer.json (WordPiece, BPE, Unigram) as it is, or BERT's vocab.txt.
+        BadInput when it is neither, or lacks a mask, padding, unknown, start or end token."""
         import tokenizers
 
         try:
             text = path.read_text(encoding="utf-8")
+            if path.name == "vocab.txt":  # BERT's older format; its settings lie beside it
+                file = path.with_name("tokenizer_config.json")
+                given = read_json(file) if file.is_file() else {}
+                text = tokenizers.BertWordPieceTokenizer(
+                    str(path), lowercase=given.get("do_lower_case", True),
+                    strip_accents=given.get("strip_accents"),
+                    handle_chinese_chars=given.get("tokenize_chinese_chars", True)).to_str()
             vocab = tokenizers.Tokenizer.from_str(text).get_vocab(with_added_tokens=True)
         except Exception as e:  # `tokenizers` raises bare Exception
             raise BadInput(f"{path} is not a Hugging Face tokenizer.json ({e})") from None
@@ -149,7 +156,8 @@ class Tokenizer:
                 return cls(vocabulary, meta)
             except (OSError, KeyError, ValueError) as e:
                 raise BadInput(f"{file} cannot be used ({e}); prepare the folder again") from None
-        file = path / "tokenizer.json" if path.is_dir() else path
+        names = ("tokenizer.json", "vocab.txt") if path.is_dir() else ("",)
+        file = next((f for name in names if (f := path / name).is_file()), path / names[0])
         if not file.is_file():
             raise BadInput(f"no tokenizer at {path}: give a tokenizer.json or a folder made by "
                            "prepare_c4.py")

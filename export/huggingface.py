@@ -32,7 +32,15 @@ from tokenizers import decoders, normalizers, pre_tokenizers, processors
 
 from corpus.tokenizer import BYTE_CHARS, SPECIALS, Tokenizer
 from machine import read_command_line
-from model import BERT_NAMES, MaskedLM, Pretrained, SequenceClassifier, TokenClassifier, find_folder
+from model import (
+    BERT_NAMES,
+    Encoder,
+    MaskedLM,
+    Pretrained,
+    SequenceClassifier,
+    TokenClassifier,
+    find_folder,
+)
 from recipes import run_config
 from records import read_json, read_jsonl
 
@@ -41,7 +49,10 @@ HEADS = {
     MaskedLM: ("ForMaskedLM", "fill-mask"),
     SequenceClassifier: ("ForSequenceClassification", "text-classification"),
     TokenClassifier: ("ForTokenClassification", "token-classification"),
+    Encoder: ("Model", "feature-extraction"),
 }
+
+TOKENIZER = "tokenization_nanomosaicbert", "NanoMosaicBertTokenizer"
 
 
 @dataclass
@@ -56,6 +67,11 @@ class Config:
     tokenizer: str = ""  # folder or tokenizer.json; default: the checkpoint's own
     # where the tokenizer cuts when asked to; 0: the length trained at, or the learned positions
     max_length: int = 0
+
+
+def auto_class(model: Pretrained) -> str:
+    """The class of transformers that loads an export of `model`."""
+    return f"AutoModel{HEADS[type(model)][0].removeprefix('Model')}"
 
 
 # ----------------------------------------------------------------------------- tokenizer
@@ -115,11 +131,18 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> str:
     fast.save(str(folder / "tokenizer.json"))
     ids = tokenizer.meta["special_ids"]
     specials = {f"{name[1:-1].lower()}_token": fast.id_to_token(ids[name]) for name in SPECIALS}
-    write_json(folder / "tokenizer_config.json", {
+    others = [str(t) for i, t in fast.get_added_tokens_decoder().items()
+              if t.special and i not in ids.values()]
+    code = {}
+    if isinstance(fast.decoder, decoders.ByteLevel):  # so that lists of words get their spaces
+        shutil.copy(Path(__file__).with_name("tokenization.py"), folder / f"{TOKENIZER[0]}.py")
+        code = {"auto_map": {"AutoTokenizer": [None, ".".join(TOKENIZER)]}}
+    write_json(folder / "tokenizer_config.json", code | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
+        "additional_special_tokens": others,
         **specials,
     })
     if not tokenizer.hf:
@@ -157,8 +180,8 @@ def write_model(model: Pretrained, tokenizer: Tokenizer, labels: dict, folder: P
                 weights[theirs + end] = weights.pop(ours + end)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     heads = [end for end, _ in HEADS.values()] + ["ForMultipleChoice", "ForQuestionAnswering"]
-    auto = {"AutoConfig": "Config", "AutoModel": "Model"}
-    auto |= {f"AutoModel{end}": end for end in heads}
+    auto = {f"AutoModel{end.removeprefix('Model')}": end for end in heads}
+    auto["AutoConfig"] = "Config"
     shutil.copy(Path(__file__).with_name("modeling.py"), folder / "modeling_nanomosaicbert.py")
     write_json(folder / "config.json", read_json(folder / "config.json") | {
         "architectures": ["NanoMosaicBert" + HEADS[type(model)][0]],
@@ -180,8 +203,11 @@ def write_bert(model: Pretrained, tokenizer: Tokenizer, labels: dict, folder: Pa
         raise ValueError(f"--bert: this is no BERT ({'; '.join(wrong)}); leave the flag out")
     weights = {}
     for name, tensor in model.state_dict().items():
+        name = f"encoder.{name}" if isinstance(model, Encoder) else name
         for ours, theirs in BERT_NAMES.items():
             name = name.replace(ours, theirs)
+        if isinstance(model, Encoder):
+            name = name.removeprefix("bert.")
         if ".Wqkv." in name:
             for part, piece in zip(("query", "key", "value"), tensor.chunk(3)):
                 weights[name.replace("Wqkv", part)] = piece.contiguous()
@@ -223,25 +249,13 @@ def write_sentence_transformer(model: Pretrained, folder: Path, max_length: int)
     (folder / "2_Normalize").mkdir()
 
 
-class Logits(torch.nn.Module):
-    """The exported model as ONNX has it: three tensors in, one out."""
-
-    def __init__(self, model: torch.nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids, attention_mask, token_type_ids):
-        return self.model(input_ids, attention_mask, token_type_ids, return_dict=False)[0]
-
-
-def write_onnx(end: str, folder: Path, remote_code: bool) -> None:
+def write_onnx(auto: str, folder: Path, remote_code: bool) -> None:
     """onnx/model.onnx of the exported model: int64 input_ids, attention_mask, token_type_ids
     (batch, length) -> logits. Weights beyond ONNX's 2 GB are put beside it."""
-    import onnx
     import transformers
 
-    auto = getattr(transformers, f"AutoModel{end}")
-    model = auto.from_pretrained(folder, trust_remote_code=remote_code).eval()
+    auto_model = getattr(transformers, auto)
+    model = auto_model.from_pretrained(folder, trust_remote_code=remote_code, return_dict=False)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # misses torchvision, not needed here
     names = ["input_ids", "attention_mask", "token_type_ids"]
     inputs = tuple(torch.ones(2, 9, dtype=torch.long) for _ in names)  # one thrice is one input
@@ -249,13 +263,11 @@ def write_onnx(end: str, folder: Path, remote_code: bool) -> None:
     (folder / "onnx").mkdir()
     with warnings.catch_warnings(action="ignore"):  # of its own deprecated calls
         torch.onnx.export(
-            Logits(model).eval(), inputs, folder / "onnx/model.onnx", input_names=names,
-            output_names=["logits"], dynamic_shapes=dict.fromkeys(names, sizes), dynamo=True,
-            external_data=model.num_parameters() * 4 > 1.5e9, verbose=False,
+            model.eval(), inputs, folder / "onnx/model.onnx", dynamo=True, verbose=False,
+            input_names=names, output_names=["logits" if "For" in auto else "last_hidden_state"],
+            dynamic_shapes=dict.fromkeys(names, sizes),
+            external_data=model.num_parameters() * 4 > 1.5e9,
         )
-    for put in onnx.load(folder / "onnx/model.onnx", load_external_data=False).graph.input:
-        if not all(axis.dim_param for axis in put.type.tensor_type.shape.dim):
-            raise ValueError(f"--onnx: {put.name} was traced with a fixed size: a bug here")
 
 
 # ----------------------------------------------------------------------------- model card
@@ -278,26 +290,26 @@ CARD = """---
 library_name: transformers
 pipeline_tag: {pipeline}
 mask_token: "{mask}"
-tags: [encoder, {tags}]
+tags: [encoder, {position}]
 ---
 
 # {name}
 
-{family} Trained with nanoMosaicBERT.
+{family} {made} with nanoMosaicBERT.
 
 | | |
 |---|---|
 {table}
 
 ```python
-from transformers import AutoModel{end}, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("."{trust})
-model = AutoModel{end}.from_pretrained("."{trust})
+tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
+model = {auto}.from_pretrained("."{trust})
 ```
 
-`SentenceTransformer("."{trust})` returns the mean of the hidden states. The model has not been
-trained to place similar sentences close together; fine-tune it on pairs first.
+`SentenceTransformer("."{trust})` returns the mean of the hidden states. Masked-language modelling
+alone does not place similar sentences close together; fine-tune it on pairs first.
 
 ## Limits
 
@@ -343,14 +355,13 @@ def model_card(model: Pretrained, tokenizer: Tokenizer, source: str, facts: dict
         }
     else:
         rows["source"] = f"`{source}`"
-    end, pipeline = HEADS[type(model)]
     mosaic = "An encoder in the family of MosaicBERT (Portes et al. 2023); see `config.json`."
     longer = f"{encoding} accepts longer texts; measure how well that works. " if encoding else ""
     return CARD.format(
-        **fields, end=end, pipeline=pipeline, longer=longer,
+        **fields, auto=auto_class(model), pipeline=HEADS[type(model)][1], longer=longer,
         name=Path(facts.get("run", source)).name,
         table="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
-        tags="bert" if fields["bert"] else "mosaicbert, alibi, sentence-transformers",
+        position=cfg.position, made="Trained" if facts else "Exported",
         family="An encoder of BERT's shape (Devlin et al. 2019)." if fields["bert"] else mosaic,
         trust="" if fields["bert"] else ", trust_remote_code=True",
     )
@@ -369,7 +380,7 @@ def export(cfg: Config) -> Path:
     # an export that transformers has fine-tuned keeps the old "head"; ours have no architectures
     kind = (config.get("architectures") or [config.get("head", "BertForMaskedLM")])[0]
     for head, (end, _) in HEADS.items():
-        if kind == head.__name__ or kind.endswith(end):
+        if kind in (head.__name__, f"Bert{end}", f"NanoMosaicBert{end}"):
             break
     else:
         known = ", ".join(c.__name__ for c in HEADS)
@@ -397,7 +408,7 @@ def export(cfg: Config) -> Path:
         card = model_card(model, tokenizer, cfg.run, facts, **fields)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         if cfg.onnx:
-            write_onnx(end, unfinished, remote_code=not cfg.bert)
+            write_onnx(auto_class(model), unfinished, remote_code=not cfg.bert)
         unfinished.rename(out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -101,10 +101,10 @@ def load(auto: str, folder: Path, **kwargs):
     return getattr(transformers, auto).from_pretrained(folder, **kwargs).eval()
 
 
-def load_tokenizer(folder: Path):
+def load_tokenizer(folder: Path, **kwargs):
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    return AutoTokenizer.from_pretrained(folder, **(dict(trust_remote_code=True) | kwargs))
 
 
 def batch(side: str = "right", seed: int = 0):
@@ -119,14 +119,14 @@ def assert_near(a, b, atol=1e-5):
     torch.testing.assert_close(a, b, atol=atol, rtol=0)
 
 
-def onnx_logits(folder: Path, *inputs: torch.Tensor) -> torch.Tensor:
+def onnx_outputs(folder: Path, *inputs: torch.Tensor) -> torch.Tensor:
     import onnxruntime
 
     providers = ["CPUExecutionProvider"]
     session = onnxruntime.InferenceSession(folder / "onnx/model.onnx", providers=providers)
     names = ["input_ids", "attention_mask", "token_type_ids"]
     feed = {name: x.numpy() for name, x in zip(names, inputs)}
-    return torch.from_numpy(session.run(["logits"], feed)[0])
+    return torch.from_numpy(session.run(None, feed)[0])
 
 
 # ----------------------------------------------------------------------------- transformers
@@ -187,7 +187,7 @@ def test_classifiers_equal_ours(tokenizer, tmp_path, cls, bert):
             expected = ours(*inputs)
             assert_near(theirs(*inputs).logits[real], expected[real])
         for n in () if bert else (1, 2, 4):  # any batch
-            logits = onnx_logits(out, *(x[:n] for x in inputs))
+            logits = onnx_outputs(out, *(x[:n] for x in inputs))
             part = real if real is ... else real[:n]
             assert_near(logits[part], expected[:n][part], 1e-4)
     again = cls.from_pretrained(out).state_dict()
@@ -272,16 +272,122 @@ def test_a_fine_tuned_export_is_exported_again_with_its_labels(exported, tmp_pat
         assert_near(again(ids, mask, types).logits, model(ids, mask, types).logits)
 
 
-def test_arguments_of_other_models_may_be_given_switched_off(exported):
-    """peft and transformers' pipelines do."""
-    ids, mask, _ = batch()
-    for auto in ("", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"):
-        model = load(f"AutoModel{auto}", exported)
-        plain = model(ids, mask, return_dict=False)[0]
-        off = dict(inputs_embeds=None, output_attentions=False, output_hidden_states=None)
-        assert torch.equal(model(ids, mask, return_dict=False, **off)[0], plain)
-        with pytest.raises(ValueError, match="does not take encoder_hidden_states"):
-            model(ids, mask, encoder_hidden_states=torch.ones(1))
+@pytest.fixture(scope="module")
+def twins(tokenizer, tmp_path_factory) -> tuple[Path, Path]:
+    """A BERT exported with our code and as transformers' own."""
+    folder = tmp_path_factory.mktemp("twins")
+    model = random_mlm(tokenizer, **BERT, vocab_multiple=1)
+    plain = exported_as("theirs", folder, tokenizer, model, "--bert")
+    main([str(folder / "in"), "--out", str(folder / "ours")])
+    return folder / "ours", plain
+
+
+def tensors(output) -> list[torch.Tensor]:
+    """All tensors of an output, those in tuples too."""
+    found = output.to_tuple() if hasattr(output, "to_tuple") else output
+    return [y for x in found for y in (x if isinstance(x, tuple) else [x])]
+
+
+@pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForMaskedLM"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        dict(output_hidden_states=True),
+        dict(output_attentions=True),
+        dict(output_attentions=True, output_hidden_states=True, return_dict=False),
+        dict(return_dict=False),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_outputs_are_those_of_transformers_bert(twins, auto, asked):
+    """Asked for in the call or in the configuration, for ids or for their embeddings."""
+    ids, types = batch()[0], batch()[2]
+    how = dict(add_pooling_layer=False) if auto == "AutoModel" else {}
+    theirs = load(auto, twins[1], trust_remote_code=False, attn_implementation="eager", **how)
+    expected = theirs(ids, token_type_ids=types, **asked)
+    ours, configured = load(auto, twins[0]), load(auto, twins[0], **asked)
+    embeds = ours.get_input_embeddings()(ids)
+    for got in (ours(ids, token_type_ids=types, **asked), configured(ids, token_type_ids=types),
+                ours(inputs_embeds=embeds, token_type_ids=types, **asked)):
+        assert isinstance(got, tuple) == isinstance(expected, tuple)
+        for a, b in zip(tensors(got), tensors(expected), strict=True):
+            assert_near(a, b)
+
+
+@torch.no_grad()
+def test_questions_and_multiple_choice_are_those_of_transformers_bert(twins):
+    ids, mask, types = batch()
+    ours, theirs = (load("AutoModelForQuestionAnswering", f, trust_remote_code=f is twins[0])
+                    for f in twins)
+    theirs.qa_outputs.load_state_dict(ours.qa_outputs.state_dict())
+    ends = dict(start_positions=torch.tensor([3, 0, 2, 5]))
+    ends["end_positions"] = ends["start_positions"] + 4
+    got, expected = (model(ids, token_type_ids=types, **ends) for model in (ours, theirs))
+    for a, b in zip(tensors(got), tensors(expected), strict=True):
+        assert_near(a, b)
+
+    ours, theirs = (load("AutoModelForMultipleChoice", f, trust_remote_code=f is twins[0])
+                    for f in twins)
+    theirs.bert.pooler.dense.load_state_dict(ours.classifier.pooler.state_dict())
+    theirs.classifier.load_state_dict(ours.classifier.out.state_dict())
+    choices = dict(input_ids=ids.view(2, 2, 24), attention_mask=mask.view(2, 2, 24))
+    choices |= dict(token_type_ids=types.view(2, 2, 24), labels=torch.tensor([1, 0]))
+    for a, b in zip(tensors(ours(**choices)), tensors(theirs(**choices)), strict=True):
+        assert_near(a, b)
+
+
+def test_what_only_decoders_take_is_refused_and_may_be_given_switched_off(exported):
+    model = load("AutoModelForSequenceClassification", exported)
+    plain = model(batch()[0]).logits
+    assert torch.equal(model(batch()[0], use_cache=False, encoder_hidden_states=None).logits, plain)
+    for wrong, message in (
+        (dict(encoder_hidden_states=plain), "does not take encoder_hidden_states"),
+        (dict(inputs_embeds=plain), "either input_ids or inputs_embeds"),
+        (dict(attention_mask=torch.ones(4, 1, 24, 24)), r"give one of \(batch, length\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(batch()[0], **wrong)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+def test_a_traced_model_runs_other_batches(exported):
+    model = load("AutoModelForMaskedLM", exported, return_dict=False)
+    traced = torch.jit.trace(model, batch("left")[:2])
+    ids, mask = (x[:2, :9] for x in batch(seed=1)[:2])
+    assert_near(traced(ids, mask)[0], model(ids, mask)[0])
+
+
+def test_gradient_checkpointing_is_seen_and_changes_no_gradient(exported):
+    ids, grads = batch()[0], []
+    for on in (False, True):
+        model = load("AutoModelForMaskedLM", exported).train()
+        if on:
+            model.gradient_checkpointing_enable()
+        assert model.is_gradient_checkpointing is on
+        model(ids, labels=ids).loss.backward()
+        grads.append(model.encoder.layers[0].attention.qkv.weight.grad)
+    assert_near(*grads)
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
+def test_a_lora_adapter_keeps_the_new_head(exported, tmp_path, task):
+    """The pooler too. No target_modules are given."""
+    import peft
+
+    kinds = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification"}
+    auto = f"AutoModelFor{kinds.get(task, 'QuestionAnswering')}"
+    model = peft.get_peft_model(load(auto, exported), peft.LoraConfig(task_type=task))
+    randomized(model)  # stands for training
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        again = peft.PeftModel.from_pretrained(load(auto, exported), tmp_path).eval()
+        base = dict(model.named_parameters())
+        for name, p in again.named_parameters():  # what an adapter leaves out was not trained
+            if not re.search("lora|classifier|qa_outputs", name):
+                p.copy_(base[name])
+        assert_near(again(*batch()[:2])[0], model(*batch()[:2])[0])
 
 
 @pytest.mark.parametrize("multiple", [None, 8, 48])
@@ -368,6 +474,44 @@ def test_pairs_masks_and_decoding(exported, tokenizer):
     assert len(fast) == tokenizer.vocab_size
 
 
+def test_offsets_begin_at_the_letter(exported):
+    """Not at the space before: entities begin there, and whole words can be told apart."""
+    from transformers import DataCollatorForLanguageModeling, pipeline
+
+    fast, text = load_tokenizer(exported), "the list of items is returned, or not"
+    offsets = fast(text, return_offsets_mapping=True)["offset_mapping"][1:-1]
+    starts = {m.start() for m in re.finditer(r"\w+|,", text)}
+    assert starts <= {a for a, _ in offsets}
+    assert not any(text[a:b].startswith(" ") for a, b in offsets)
+    torch.manual_seed(0)
+    rows = [fast(text, return_offsets_mapping=True) for _ in range(40)]
+    collate = DataCollatorForLanguageModeling(fast, mlm_probability=0.3, whole_word_mask=True)
+    masked = (collate(rows)["labels"] != -100)[:, 1:-1].sum(1)
+    assert 0 < masked.float().mean() < len(offsets) / 2
+    model = load("AutoModelForTokenClassification", exported, num_labels=2)
+    entities = pipeline("token-classification", model=model, tokenizer=fast,
+                        aggregation_strategy="first")(text)
+    assert {e["start"] for e in entities} <= starts
+
+
+def test_lists_of_words_get_the_tokens_of_the_joined_text(exported, caplog):
+    texts = ["the list of items", "a", "Naïve 'quoted' x = 12345, not [MASK] it"]
+    lists = [text.split(" ") for text in texts]
+    for fast in (load_tokenizer(exported), load_tokenizer(exported, add_prefix_space=True)):
+        together = fast(lists, is_split_into_words=True, return_offsets_mapping=True)
+        assert together["input_ids"] == fast(texts)["input_ids"]
+        offsets = together["offset_mapping"]
+        for i, (text, words) in enumerate(zip(texts, lists)):
+            assert fast.encode(words, is_split_into_words=True) == fast.encode(text)
+            pair = fast(words, lists[0], is_split_into_words=True, return_tensors="pt")["input_ids"]
+            assert torch.equal(pair, fast(text, texts[0], return_tensors="pt")["input_ids"])
+            starts = [0, *itertools.accumulate(len(word) + 1 for word in words)]
+            whole = fast(text, return_offsets_mapping=True)["offset_mapping"]
+            for n, ends, expected in zip(together.word_ids(i), offsets[i], whole):
+                assert n is None or tuple(starts[n] + x for x in ends) == expected
+    assert "add_prefix_space is left out" in caplog.text
+
+
 def wordpiece(folder: Path) -> Path:
     """A small tokenizer.json as BERT's: WordPiece, its own ids and template."""
     from tokenizers import BertWordPieceTokenizer
@@ -400,6 +544,49 @@ def test_a_byte_level_tokenizer_of_others_frames_texts_too(tmp_path):
         assert fast(text)["input_ids"] == [ours.cls_id, *ours.encode(text), ours.sep_id]
     assert Tokenizer.load(tmp_path / "out").same_as(ours), "our own scripts take it for what it is"
     assert not Tokenizer.load(wordpiece(tmp_path)).same_as(ours)
+
+
+def test_entity_markers_of_a_users_tokenizer_stay_whole(tmp_path):
+    """Special tokens beside BERT's five are those of the original, and known as special."""
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    learner = BertWordPieceTokenizer()
+    learner.train_from_iterator(some_documents(50), 300, show_progress=False)
+    learner.add_special_tokens(["[E1]", "[/E1]"])
+    learner.save(str(tmp_path / "tokenizer.json"))
+    original = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    ours = Tokenizer.load(tmp_path)
+    fast = load_tokenizer(exported_as("markers", tmp_path, ours, random_mlm(ours)))
+    text = "[E1] aspirin [/E1] treats pain, [e1] no marker"
+    assert fast(text)["input_ids"][1:-1] == original(text)["input_ids"]
+    assert {"[E1]", "[/E1]"} <= set(fast.all_special_tokens)
+    assert "[" not in fast.decode(fast("[E1] pain [/E1]")["input_ids"], skip_special_tokens=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("flag", ["--onnx", "--bert"])
+def test_a_bare_bert_with_a_vocab_txt_is_exported(tmp_path, flag):
+    """As published sentence encoders are: BertModel, no tokenizer.json, cased by its settings."""
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    words = sorted(Tokenizer.load(wordpiece(tmp_path)).hf.get_vocab().items(), key=lambda x: x[1])
+    source = tmp_path / "in"
+    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+    theirs = randomized(BertModel(BertConfig(vocab_size=len(words), **shape)))
+    theirs.save_pretrained(source)
+    (source / "vocab.txt").write_text("".join(f"{word}\n" for word, _ in words))
+    (source / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    main([str(source), "--out", str(tmp_path / "bare"), flag])
+    ours = load("AutoModel", tmp_path / "bare", trust_remote_code=flag == "--onnx")
+    inputs = batch()
+    expected, real = theirs(*inputs).last_hidden_state, inputs[1].bool()
+    assert_near(ours(*inputs).last_hidden_state[real], expected[real])
+    if flag == "--onnx":
+        assert_near(onnx_outputs(tmp_path / "bare", *inputs)[real], expected[real], 1e-4)
+    text = "Naïve cats, unbelievably [MASK]!"
+    original = BertTokenizer.from_pretrained(source, do_lower_case=False)
+    assert load_tokenizer(tmp_path / "bare")(text)["input_ids"] == original(text)["input_ids"]
 
 
 # ----------------------------------------------------------------------------- sentences, ONNX
@@ -444,7 +631,7 @@ def test_onnx_runs_any_batch_and_length_with_our_logits(run, exported, shape):
     ids, types = (torch.randint(*ends, shape, generator=g) for ends in ((5, 90), (0, 2)))
     mask = torch.arange(shape[1]) < torch.randint(1, shape[1] + 1, (shape[0], 1), generator=g)
     mask[3:4] = 0  # a row of nothing but padding
-    logits = onnx_logits(exported, ids, mask.long(), types)
+    logits = onnx_outputs(exported, ids, mask.long(), types)
     assert logits.isfinite().all()
     ours = MaskedLM.from_pretrained(run).eval()(ids, mask, types).detach()[..., : logits.shape[-1]]
     assert_near(logits[mask], ours[mask], 1e-4)
@@ -504,10 +691,13 @@ def test_mosaicbert_goes_on_with_its_vocabulary_on_other_text_and_is_exported(tm
 # ----------------------------------------------------------------------------- BERT
 
 
-def test_bert_shapes_become_plain_bert_without_code(tokenizer, tmp_path):
+def test_bert_shapes_become_plain_bert_which_needs_no_code(tokenizer, tmp_path):
     ours = random_mlm(tokenizer, **BERT)
     out = exported_as("bert", tmp_path, tokenizer, ours, "--bert", "--onnx")
-    assert not list(out.glob("*.py"))
+    assert not list(out.glob("modeling*"))
+    text, plain = "the list of items", load_tokenizer(out, trust_remote_code=False)
+    words = load_tokenizer(out)(text.split(), is_split_into_words=True)
+    assert plain(text)["input_ids"] == words["input_ids"]
     theirs = load("AutoModelForMaskedLM", out, trust_remote_code=False)
     assert type(theirs).__name__ == "BertForMaskedLM"
     inputs = batch()
@@ -515,7 +705,7 @@ def test_bert_shapes_become_plain_bert_without_code(tokenizer, tmp_path):
     with torch.no_grad():
         expected = ours(*inputs)[real]
         assert_near(theirs(*inputs).logits[real], expected)
-    assert_near(onnx_logits(out, *inputs)[real], expected, 1e-4)
+    assert_near(onnx_outputs(out, *inputs)[real], expected, 1e-4)
     again = MaskedLM.from_pretrained(out).state_dict()
     assert all(torch.equal(again[k], v) for k, v in ours.state_dict().items())
 
@@ -542,14 +732,15 @@ def test_bad_input_gets_one_line_and_leaves_nothing(run, tokenizer, tmp_path):
     random_mlm(tokenizer).save_pretrained(bare)
     smaller = random_mlm(Tokenizer.train(some_documents(50), 270))
     small = checkpoint(tmp_path / "in-small", tokenizer, smaller)
-    encoder = tmp_path / "in-encoder"
-    random_mlm(tokenizer).encoder.save_pretrained(encoder)
+    other = tmp_path / "in-other"
+    other.mkdir()
+    (other / "config.json").write_text('{"architectures": ["BertForNextSentencePrediction"]}')
     out = tmp_path / "out"
     for args, expected in (
         ([str(tmp_path / "gone")], "gone: no checkpoint here"),
         ([str(bare)], "no tokenizer at"),
         ([str(small)], "was trained with another"),
-        ([str(encoder)], "Encoder cannot be exported"),
+        ([str(other)], "BertForNextSentencePrediction cannot be exported"),
         ([str(run), "--bert"], r"this is no BERT \(position is alibi, not learned; mlp is geglu"),
         ([str(bert), "--max_length", "65"], "--max_length 65"),
     ):
@@ -562,7 +753,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing(run, tokenizer, tmp_path):
     with pytest.raises(SystemExit, match="in-bert exists"):
         main([str(run), "--out", str(bert)])
     left = sorted(p.name for p in tmp_path.iterdir())
-    assert left == ["in-bare", "in-bert", "in-encoder", "in-small"]
+    assert left == ["in-bare", "in-bert", "in-other", "in-small"]
 
 
 def test_a_failure_half_way_leaves_nothing(run, tmp_path, monkeypatch):
