@@ -4,14 +4,19 @@
     python finetune_glue.py runs/mosaic-base --task RTE,CoLA --glue_dir glue_data  # official files
     python finetune_glue.py runs/a runs/b --task SST-2 --checkpoints all --from_scratch
     python finetune_glue.py runs/a --task spam/train.tsv --eval spam/dev.tsv --predict new.tsv
+    python finetune_glue.py runs/a --task train.conllu --eval dev.conllu --column upos --save
     torchrun --nproc_per_node 8 finetune_glue.py runs/mosaic-base        # 8 workers, one queue
 
 A start is a run folder (its latest checkpoint), a checkpoint folder, a folder with official
 MosaicBERT or Hugging Face BERT weights and their tokenizer.json, or with --hf any encoder that
 transformers knows. Each finished job (start, task, seed) is a line of <run>/glue/<task>.jsonl; the
-same command again does what is missing and prints the table. A task of one's own also gets its
-predictions for --eval, in <run>/glue/predictions. RTE, MRPC and STS-B begin from the start's own
-MNLI model if there is one.
+same command again does what is missing, a long job from its last epoch, and prints the table. A
+task of one's own also gets its predictions for --eval, in <run>/glue/predictions. RTE, MRPC and
+STS-B begin from the start's own MNLI model if there is one.
+
+A task of one's own: a .tsv with a header, .jsonl or .parquet with a text or two and a label; or
+words with a label each (names, parts of speech): rows {"words": [...], "labels": [...]}, CoNLL
+(word and label a line, an empty line after a sentence) or CoNLL-U.
 
 Expect: published 8-task means on the dev sets are 84.3 for MosaicBERT-Base after 70,000 steps on
 C4, 83.5 for BERT-Base (Portes et al. 2023): the last evaluation, mean of metrics, seeds, tasks.
@@ -28,7 +33,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from tempfile import TemporaryFile
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -39,13 +45,21 @@ from torch import nn
 from tqdm import tqdm
 
 from corpus.tokenizer import Tokenizer
-from glue.files import KINDS, Data, Source, Split, load_data, locate, read_split
+from glue.encode import Encoded, encode
+from glue.files import Data, Source, Split, load_data, locate, read_split
 from glue.table import append_record, identity, percent, table
 from glue.tasks import FROM_MNLI, OWN, PAIR, SANE, SEEDS, TASKS, Recipe, Task, evaluate
+from glue.words import read_words
 from kernels import attention_backend
 from machine import device_name, git_revision, pick_device, pick_dtype, read_command_line
-from model import SequenceClassifier, find_checkpoints, find_folder, weights_checksum
-from records import read_jsonl, write_atomically
+from model import (
+    SequenceClassifier,
+    TokenClassifier,
+    find_checkpoints,
+    find_folder,
+    weights_checksum,
+)
+from records import read_jsonl, to_json, write_atomically
 
 
 @dataclass
@@ -57,14 +71,16 @@ class Config:
     from_scratch: bool = False  # also start from random weights: what is pretraining worth?
     hf: str = ""  # also these transformers encoders (folder or hub name, comma separated)
 
-    task: str = ""  # GLUE names, comma separated, default all; or your own .tsv, .jsonl, .parquet
-    glue_dir: str = ""  # folder with <task>/train.tsv and dev.tsv; default: nyu-mll/glue of the hub
-    eval: str = ""  # your own task: the file to evaluate on; a .tsv has a header and no quoting
+    task: str = ""  # GLUE names, comma separated, default all; or the training file of your own
+    eval: str = ""  # your own task: the file to evaluate on
     task_name: str = ""  # its name in records and plots; default: that of its file or folder
     text_columns: str = ""  # one or two; default sentence1,sentence2, or sentence
-    label_column: str = "label"
+    label_column: Annotated[str, tyro.conf.arg(aliases=["--column"])] = ""  # default label, labels
     regression: bool = False  # the label is a number: loss MSE, metrics Spearman and Pearson
     predict: str = ""  # rows for the model of the one --task to label; in <run>/glue/predictions
+    save: bool = False  # keep the models, for `python -m export.huggingface`, in <run>/glue/models
+    out: str = ""  # results go to <out>/<run>/glue; default: into the run folders
+    glue_dir: str = ""  # folder with <task>/train.tsv and dev.tsv; default: nyu-mll/glue of the hub
 
     recipe: Literal["mosaic", "sane"] = "mosaic"  # upstream's table, or one recipe for all tasks
     lr: float | None = None  # this and the next four override the recipe
@@ -81,80 +97,45 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
 
-# ----------------------------------------------------------------------------- flat batches
-
-
-@dataclass
-class Encoded:
-    """n examples [CLS] a [SEP] (b [SEP]) end to end, tokenised once."""
-
-    ids: np.ndarray  # (tokens,) int32
-    starts: np.ndarray  # (n+1,) int64: example i is ids[starts[i] : starts[i+1]]
-    first: np.ndarray  # (n,) int64: its tokens of type 0, [CLS] a [SEP]
-
-    def batch(self, index: np.ndarray, device: torch.device) -> dict[str, Any]:
-        """Examples `index` (B,) as a flat batch: arguments of SequenceClassifier. T is the sum of
-        their lengths, up to a multiple of 64 filled with rows of no example: a CPU makes its matmul
-        code anew for every T it meets."""
-        lengths = self.starts[index + 1] - self.starts[index]
-        cu_seqlens = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
-        place = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)  # (T,) in its text
-        ids = self.ids[np.repeat(self.starts[index], lengths) + place]
-        types = place >= np.repeat(self.first[index], lengths)
-        ids, types = (np.pad(x, (0, -len(x) % 64)).astype(np.int64) for x in (ids, types))
-        names = ("input_ids", "token_type_ids", "cu_seqlens")
-        batch = {k: torch.from_numpy(x).to(device) for k, x in zip(names, (ids, types, cu_seqlens))}
-        return batch | {"max_seqlen": int(lengths.max())}
-
-
-def encode(texts: list[list[str]], tokenizer: Tokenizer, max_len: int) -> Encoded:
-    """Tokenise one or two columns of n texts, cut to max_len tokens, of a pair the longer first."""
-    columns = [tokenizer.encode_batch(column) for column in texts]
-    between = getattr(tokenizer, "n_between", 1)  # RoBERTa has two separators between a and b
-    room = max_len - 2 - (len(columns) - 1) * between
-    flat, starts, first = [], [0], []
-    for a, *rest in zip(*columns):
-        b = rest[0] if rest else []
-        if len(a) + len(b) > room:
-            a = a[: max(room - len(b), room - room // 2)] if rest else a[:room]
-            b = b[: room - len(a)]
-        example = [tokenizer.cls_id, *a, *[tokenizer.sep_id] * (between if rest else 1)]
-        first.append(len(example))
-        example += [*b, tokenizer.sep_id] if rest else []
-        flat.append(np.array(example, dtype=np.int32))
-        starts.append(starts[-1] + len(example))
-    return Encoded(np.concatenate(flat), np.array(starts), np.array(first))
-
+SAVE_EVERY = 60  # seconds of training that a kill may cost, and the rest of an epoch
 
 # ----------------------------------------------------------------------------- one fine-tuning
 
 
 def fine_tune(model: nn.Module, examples: Encoded, y: np.ndarray, recipe: Recipe, seed: int,
-              dtype: torch.dtype, evaluate: Callable[[], dict], title="", bar=False) -> list[dict]:
-    """Fine-tune `model` in place; the loss and what evaluate() says after each epoch.
+              dtype: torch.dtype, evaluate: Callable[[], dict], title="", bar=False,
+              state: Path | None = None) -> tuple[list[dict], float]:
+    """Fine-tune `model` in place. Returns the loss and what evaluate() says after each epoch, and
+    the seconds it took.
 
-    y (n,): int64 classes (cross entropy) or float32 values (MSE). AdamW(0.9, 0.98), 6 % linear
-    warm-up then linear to 0, decay on every parameter, all as upstream; unlike upstream the
-    examples are shuffled anew in every epoch, from `seed`, and not sorted by length: without
-    padding that saves nothing. ValueError when the loss is not finite.
+    y: for each example or word an int64 class (cross entropy) or a float32 value (MSE).
+    AdamW(0.9, 0.98), 6 % linear warm-up then linear to 0, decay on every parameter, all as
+    upstream; unlike upstream the examples are shuffled anew in every epoch, from `seed`, and not
+    sorted by length: without padding that saves nothing. state: file that holds a long job's last
+    epoch, from which it goes on as if never stopped. ValueError when the loss is not finite.
     """
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), eps=1e-6,
                                   weight_decay=recipe.weight_decay, fused=device.type != "mps")
-    n_batches = math.ceil(len(y) / recipe.batch_size)
-    steps, step, history = n_batches * recipe.epochs, 0, []
+    n, history, began = len(examples.first), [], time.perf_counter()
+    steps = math.ceil(n / recipe.batch_size) * recipe.epochs
     warmup = max(1, round(0.06 * steps))
-    for epoch in range(1, recipe.epochs + 1):
-        began, total = time.perf_counter(), torch.zeros((), device=device)
+    if state and state.is_file():
+        history, seconds = load_state(state, model, optimizer)
+        began -= seconds
+    last_save, step = time.perf_counter(), len(history) * (steps // recipe.epochs)
+    for epoch in range(len(history) + 1, recipe.epochs + 1):
+        total = torch.zeros((), device=device)
         model.train()
-        order = np.random.default_rng([seed, epoch]).permutation(len(y))
-        batches = np.array_split(order, range(recipe.batch_size, len(y), recipe.batch_size))
+        order = np.random.default_rng([seed, epoch]).permutation(n)
+        batches = np.array_split(order, range(recipe.batch_size, n, recipe.batch_size))
         for index in tqdm(batches, f"{title}, epoch {epoch}", leave=False, disable=not bar):
             scale = (step + 1) / warmup if step < warmup else (steps - step) / (steps - warmup)
             optimizer.param_groups[0]["lr"] = recipe.lr * scale
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                logits = model(**examples.batch(index, device)).float()  # (B, n_labels)
-            target = torch.from_numpy(y[index]).to(device)
+                logits = model(**examples.batch(index, device)).float()  # (B or T, n_labels)
+            at = examples.labels(index)
+            target = torch.from_numpy(np.where(at < 0, -100, y[at])).to(device)  # -100: no loss
             loss = F.mse_loss(logits[:, 0], target) if target.is_floating_point() else (
                 F.cross_entropy(logits, target))
             loss.backward()
@@ -162,27 +143,52 @@ def fine_tune(model: nn.Module, examples: Encoded, y: np.ndarray, recipe: Recipe
             optimizer.zero_grad(set_to_none=True)
             total += loss.detach()  # read once an epoch: reading it every step waits for the GPU
             step += 1
-        if not math.isfinite(mean := total.item() / n_batches):
+        if not math.isfinite(mean := total.item() / len(batches)):
             raise ValueError(f"{title}: the loss is {mean} in epoch {epoch}; lower --lr")
         history.append({"epoch": epoch, "loss": round(mean, 5), **evaluate()})
-        if time.perf_counter() - began > 20 and epoch < recipe.epochs:
-            score = f"score {100 * history[-1]['score']:.1f}"
+        if state and epoch < recipe.epochs and time.perf_counter() - last_save > SAVE_EVERY:
+            save_state(state, model, optimizer, history, time.perf_counter() - began)
+            last_save, score = time.perf_counter(), f"score {100 * history[-1]['score']:.1f}"
             print(f"{title}: epoch {epoch}, loss {mean:.3f}, {score}", flush=True)
-    return history
+    return history, round(time.perf_counter() - began, 3)
+
+
+def save_state(path: Path, model: nn.Module, optimizer, history: list, seconds: float) -> None:
+    """All that the next epoch depends on, written whole or not at all."""
+    random = [torch.get_rng_state()]
+    random += [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "history": history, "seconds": seconds, "random": random}, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def load_state(path: Path, model: nn.Module, optimizer) -> tuple[list, float]:
+    """What save_state() wrote; returns the history and the seconds it took."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    for restore, value in zip((torch.set_rng_state, torch.cuda.set_rng_state), state["random"]):
+        restore(value)
+    return state["history"], state["seconds"]
 
 
 @torch.no_grad()
 def predict(model: nn.Module, data: Encoded, dtype: torch.dtype) -> np.ndarray:
-    """Logits (n, n_labels) float32, in the order of the examples; batches of like lengths, 16,384
-    tokens each."""
+    """Logits (n, n_labels) float32 of each example, or of each word (NaN: it was cut off), in their
+    order; batches of like lengths, 16,384 tokens each."""
     model.eval()
     device = next(model.parameters()).device
     lengths = np.diff(data.starts)
     order = np.argsort(lengths, kind="stable")
     cuts = np.flatnonzero(np.diff(lengths[order].cumsum() // 16_384)) + 1
+    parts = np.split(order, cuts)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        logits = [model(**data.batch(i, device)).float() for i in np.split(order, cuts)]
-    return torch.cat(logits).cpu().numpy()[np.argsort(order)]
+        logits = torch.cat([model(**data.batch(i, device)).float() for i in parts]).cpu().numpy()
+    at = np.concatenate([data.labels(i) for i in parts])
+    found = np.full((data.n_labels, logits.shape[1]), np.nan, np.float32)
+    found[at[at >= 0]] = logits[at >= 0]
+    return found
 
 
 # ----------------------------------------------------------------------------- where to start
@@ -207,19 +213,26 @@ class Start:
     def name(self) -> str:
         return " ".join(dict.fromkeys([self.run, Path(self.checkpoint).name]))
 
-    def model(self, n_labels: int, dropout: float | None, seed: int) -> nn.Module:
-        """A classifier whose last layer is new."""
+    @property
+    def mnli(self) -> Path:
+        """Where its MNLI model is kept."""
+        return self.out / "mnli" / Path(self.checkpoint).name
+
+    def model(self, task: Task, dropout: float | None, seed: int) -> nn.Module:
+        """A classifier of texts or words whose last layer is new."""
+        n_labels = len(task.labels) or 1
         torch.manual_seed(seed)
         if self.foreign:
             from glue.hf_encoder import HFClassifier
 
-            return HFClassifier(self.folder, n_labels, dropout, pretrained=not self.fresh)
+            return HFClassifier(self.folder, n_labels, dropout, not self.fresh, task.words)
+        kind = TokenClassifier if task.words else SequenceClassifier
         kinds = ("embedding", "output", "mlp", "classifier") if dropout is not None else ()
         overrides = {f"{kind}_dropout": dropout for kind in kinds}
-        model = SequenceClassifier.from_pretrained(self.folder, n_labels=n_labels, **overrides)
+        model = kind.from_pretrained(self.folder, n_labels=n_labels, **overrides)
         if self.fresh:
             torch.manual_seed(seed)
-            return SequenceClassifier(model.cfg, n_labels)
+            return kind(model.cfg, n_labels)
         if "classifier.weight" not in model.new_keys:  # its old classes mean nothing here
             nn.init.normal_(model.classifier.weight, std=0.02)
             nn.init.zeros_(model.classifier.bias)
@@ -243,7 +256,8 @@ def find_starts(cfg: Config) -> list[Start]:
             home = (folder if folder.parent.name == "ckpt" else real).parents[1] if ours else (
                 Path(given))
             run = home.resolve().name + "-transformers" * foreign  # not our own BERT of them
-            home = home if home.is_dir() else Path("runs", run)  # the weights are from the hub
+            if cfg.out or not home.is_dir():  # no folder: the weights are from the hub
+                home = Path(cfg.out or "runs", run)
             tokenizer = HFTokenizer(folder) if foreign else Tokenizer.load(folder)
             config = (folder / "config.json").read_bytes()
             n = json.loads(config).get("vocab_size", 0)
@@ -279,7 +293,7 @@ class Job:
     recipe: Recipe
     record: dict[str, Any]  # what is known before it runs
     outputs: dict[Path, Split]  # rows to predict, and where to
-    keep: Path | None = None  # MNLI's first seed: where its weights are kept for the others
+    keep: Path | None = None  # where its model is kept, MNLI's for RTE, MRPC and STS-B
 
     @property
     def path(self) -> Path:
@@ -311,13 +325,13 @@ def make_jobs(cfg: Config, starts: list[Start], data: dict[str, Data], about: di
     names = ("lr", "weight_decay", "epochs", "batch_size")
     given = {k: v for k in names if (v := getattr(cfg, k)) is not None}
     for d in data.values():
-        to_predict |= {"*.tsv": d.devs["dev"]} if cfg.eval else {}
+        to_predict |= {"*": d.devs["dev"]} if cfg.eval else {}
         if cfg.predict:
-            name = f"*_{Path(cfg.predict).stem}.tsv"
-            to_predict[name] = read_split(Path(cfg.predict), d.task, labelled=False)
+            read = read_words if d.task.words else read_split
+            rows = read(Path(cfg.predict), d.task, labelled=False)
+            to_predict[f"*_{Path(cfg.predict).stem}"] = rows
     for start in starts:
-        place, cost = Path(start.checkpoint).name, start.progress
-        mnli = start.out / "mnli" / place
+        place, cost, mnli = Path(start.checkpoint).name, start.progress, start.mnli
         after = made_by(mnli)  # an earlier call may have made one, of these very weights
         if cfg.no_mnli_start or json.loads(after or "{}").get("weights") != start.weights:
             after = ""
@@ -339,13 +353,16 @@ def make_jobs(cfg: Config, starts: list[Start], data: dict[str, Data], about: di
             settings["start"] = f"MNLI {digest}" if begin.after else "checkpoint"
             for seed in dict.fromkeys(seeds):
                 record = {**facts, "task": name, "seed": seed, "recipe": settings, **d.facts}
-                outputs = {start.out / "predictions" / f.replace("*", f"{name}_{place}_seed{seed}"):
-                           rows for f, rows in to_predict.items()}
-                jobs.append(Job(begin, d, recipe, record, outputs))
+                stem, kind = f"{name}_{place}_seed{seed}", ".conll" if d.task.words else ".tsv"
+                outputs = {start.out / "predictions" / (file.replace("*", stem) + kind): rows
+                           for file, rows in to_predict.items()}
+                job = Job(begin, d, recipe, record, outputs)
+                job.keep = start.out / "models" / stem if cfg.save else None
                 if name == "MNLI" and seed == seeds[0] and not cfg.no_mnli_start:
-                    jobs[-1].keep, after = mnli, identity(record)
-    return sorted(jobs, key=lambda job: (job.start.after != "", job.keep is None,
-                                         -len(job.data.train.lines) * job.recipe.epochs))
+                    job.keep, after = mnli, identity(record)
+                jobs.append(job)
+    return sorted(jobs, key=lambda job: (job.start.after != "", job.keep != job.start.mnli,
+                                         -job.record["n_train"] * job.recipe.epochs))
 
 
 def run_job(job: Job, cfg: Config, device: torch.device, dtype: torch.dtype, alone: bool) -> None:
@@ -356,54 +373,76 @@ def run_job(job: Job, cfg: Config, device: torch.device, dtype: torch.dtype, alo
         if alone:
             raise ValueError(f"{start.folder} was replaced by another command; repeat this one")
         time.sleep(1)
-    model = start.model(len(task.labels) or 1, cfg.dropout, seed).to(device)
+    model = start.model(task, cfg.dropout, seed).to(device)
     if cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda"):
         # Once for all jobs of a process, whose first has it in its seconds. Two graphs for each
         # shape of encoder and number of classes: after the default of 8 it would run eagerly.
         torch._dynamo.config.recompile_limit = 64
         model.compile(dynamic=True)
-    max_len = cfg.max_len
+    max_len, commonest = cfg.max_len, 0 if task.regression else np.bincount(y["train"]).argmax()
     if start.foreign or model.cfg.position == "learned":
         max_len = min(max_len, model.n_positions if start.foreign else model.cfg.max_positions)
-    if max_len < cfg.max_len:
-        print(f"{start.name}: texts are cut at its {max_len} positions, not at {cfg.max_len}")
+    if task.regression:  # from 0 the first epoch would be spent on finding the mean
+        head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+        nn.init.constant_(head.bias, y["train"].mean())
 
     def encoded(split: Split) -> Encoded:
         key, cache = (zlib.crc32(start.tokenizer.vocabulary), max_len), split.encoded
-        cache[key] = cache.get(key) or encode(split.texts, start.tokenizer, max_len)
+        if key not in cache:
+            cache[key] = encode(split, start.tokenizer, max_len)
+            if n := cache[key].n_cut:
+                beyond = f"; words beyond are {task.labels[commonest]}" if task.words else ""
+                print(f"{split.where}: {n:,} of {len(split.lines):,} texts are cut at the "
+                      f"{max_len} tokens of {start.name}{beyond}", flush=True)
         return cache[key]
 
-    def evaluate_devs() -> dict:
-        logits = {name: predict(model, encoded(dev), dtype) for name, dev in job.data.devs.items()}
-        predicted = {k: x[:, 0] if task.regression else x.argmax(1) for k, x in logits.items()}
-        return evaluate(task, y, predicted)
+    def answers(split: Split) -> np.ndarray:
+        """(n,) values, or classes: a word that was cut off has the commonest."""
+        logits = predict(model, encoded(split), dtype)
+        cut, found = np.isnan(logits[:, 0]), logits.argmax(1)
+        return logits[:, 0] if task.regression else np.where(cut, commonest, found)
 
-    title, began = f"{task.name} · {start.name} · seed {seed}", time.perf_counter()
-    history = fine_tune(model, encoded(job.data.train), y["train"], job.recipe, seed, dtype,
-                        evaluate_devs, title, bar=alone and sys.stderr.isatty())
-    seconds = round(time.perf_counter() - began, 3)
+    def evaluate_devs() -> dict:
+        return evaluate(task, y, {name: answers(dev) for name, dev in job.data.devs.items()},
+                        {name: dev.lengths for name, dev in job.data.devs.items()})
+
+    title, mine = f"{task.name} · {start.name} · seed {seed}", identity(job.record)
+    state = job.path.with_name(f".{task.name}-{zlib.crc32(mine.encode()):08x}.pt")
+    history, seconds = fine_tune(model, encoded(job.data.train), y["train"], job.recipe, seed,
+                                 dtype, evaluate_devs, title, alone and sys.stderr.isatty(), state)
     for path, rows in job.outputs.items():
-        write_predictions(path, task, predict(model, encoded(rows), dtype))
-    if job.keep and made_by(job.keep) != identity(job.record):  # else others may be reading it
+        write_predictions(path, task, rows, answers(rows))
+    if job.keep and made_by(job.keep) != mine:  # else others may be reading it
         (job.keep / "job.json").unlink(missing_ok=True)
         model.save_pretrained(job.keep)
-        write_atomically(job.keep / "job.json", identity(job.record).encode())
+        start.tokenizer.save(job.keep)
+        config = json.loads((job.keep / "config.json").read_text()) | {
+            "id2label": dict(enumerate(task.labels))}
+        write_atomically(job.keep / "config.json", to_json(config))
+        write_atomically(job.keep / "job.json", mine.encode())
     metrics = {k: v for k, v in history[-1].items() if k not in ("epoch", "loss", "score")}
     append_record(job.path, job.record | {
         "metrics": metrics, "score": history[-1]["score"], "history": history,
         "finetune_seconds": seconds, "predictions": job.predictions(),
         "time": datetime.now(UTC).isoformat(timespec="seconds")})
+    state.unlink(missing_ok=True)
     source = "its MNLI model" if start.after else (
         "random weights" if start.checkpoint == "random" else "the checkpoint")
     print(f"{title}, from {source}: {percent(metrics)} ({seconds:.0f} s)", flush=True)
 
 
-def write_predictions(path: Path, task: Task, logits: np.ndarray) -> None:
-    """index <tab> prediction: a label's name, or a number to six digits."""
-    answers = [f"{row[0]:.6g}" if task.regression else task.labels[row.argmax()] for row in logits]
-    lines = [f"{i}\t{a}\n" for i, a in [("index", "prediction"), *enumerate(answers)]]
+def write_predictions(path: Path, task: Task, rows: Split, answers: np.ndarray) -> None:
+    """index <tab> prediction, a label's name or a number to six digits; of words CoNLL's form, a
+    word <tab> its label and an empty line after each sentence."""
+    names = [f"{value:.6g}" if task.regression else task.labels[value] for value in answers]
+    if rows.words:
+        left = iter(names)
+        text = "".join("".join(f"{' '.join(word.split())}\t{next(left)}\n" for word in words) + "\n"
+                       for words in rows.words)
+    else:
+        text = "index\tprediction\n" + "".join(f"{i}\t{name}\n" for i, name in enumerate(names))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(lines).encode())
+    write_atomically(path, text.encode())
 
 
 def pick_tasks(cfg: Config) -> dict[Task, dict[str, Source]]:
@@ -420,15 +459,13 @@ def pick_tasks(cfg: Config) -> dict[Task, dict[str, Source]]:
             raise ValueError("--predict needs one --task: the rows are of one kind")
         return {TASKS[name]: locate(cfg.glue_dir, TASKS[name]) for name in names}
     train, dev = Path(cfg.task), Path(cfg.eval)
-    if not {train.suffix, dev.suffix} <= set(KINDS):
-        raise ValueError(f"--task {train} --eval {dev}: a task of your own is two files of these "
-                         f"kinds: {', '.join(KINDS)}")
     name = cfg.task_name or (train.resolve().parent.name if train.stem == "train" else train.stem)
     if name in (*TASKS, "", "loss", "accuracy") or set(name) & set(",*/\\"):
         raise ValueError(f"{name!r} cannot name a task of your own: give another --task_name")
     columns = (tuple(cfg.text_columns.split(",")),) if cfg.text_columns else (PAIR, ("sentence",))
     metrics = ("spearman",) if cfg.regression else ("accuracy",)
-    task = Task(name, OWN, columns, (cfg.label_column,), metrics=metrics)
+    labels = (cfg.label_column,) if cfg.label_column else ("label", "labels")
+    task = Task(name, OWN, columns, labels, metrics=metrics)
     return {task: {"train": train, "dev": dev}}
 
 
@@ -449,6 +486,12 @@ def finetune(cfg: Config) -> None:
         print("\n".join(note for d in data.values() for note in d.notes))
         print(f"{len(jobs)} jobs, {world} x {about['device']}, {str(dtype)[6:]}; attention of "
               f"MosaicBERT shapes: {backend} ({why})", flush=True)
+    for out in {job.start.out for job in jobs if not job.finished()}:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=out).close()
+        except OSError as e:
+            raise ValueError(f"{out} cannot be written to ({e.strerror}); give --out") from None
     # one counter hands out the jobs, so that no worker waits for another's long task
     store = next(dist.rendezvous("env://"))[0] if world > 1 else dist.HashStore()
     while (i := store.add("next job", 1) - 1) < len(jobs):
@@ -465,7 +508,7 @@ def finetune(cfg: Config) -> None:
         time.sleep(0.1)
     if rank == 0:
         print(f"\n{table([record for job in jobs if (record := job.finished())])}\n")
-        written = [path for job in jobs for path in (job.path, *job.outputs)]
+        written = [path for job in jobs for path in (job.path, *job.outputs, job.keep) if path]
         print("written:", ", ".join(dict.fromkeys(map(str, written))))
 
 

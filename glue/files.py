@@ -17,7 +17,6 @@ import numpy as np
 
 from glue.tasks import Task, evaluate
 
-KINDS = (".tsv", ".jsonl", ".parquet")
 Source = Path | str  # a file, or "nyu-mll/glue rte validation" of the hub
 COLA_HEADER = ["source", "label", "mark", "sentence"]  # its train and dev files have none
 
@@ -28,10 +27,21 @@ class Split:
 
     where: str
     texts: list[list[str]]  # one or two columns of n strings
-    labels: list[Any]  # n raw values; empty when the rows have none
+    labels: list[Any]  # n raw values, of words a list for each row; empty when there are none
     lines: list[int]  # n line numbers
+    words: list[list[str]] = field(default_factory=list)  # n sentences, if words have the labels
     broken: list[int] = field(default_factory=list)  # lines left out: no text or no label
     encoded: dict = field(default_factory=dict)  # what tokenizers have made of it
+
+    @property
+    def lengths(self) -> list[int]:
+        """Labels in each row."""
+        return [len(words) for words in self.words] or [1] * len(self.lines)
+
+    def flat_labels(self) -> list[tuple[int, Any]]:
+        """(line, label) of each text or word."""
+        rows = self.labels if self.words else ([label] for label in self.labels)
+        return [(line, label) for line, labels in zip(self.lines, rows) for label in labels]
 
     def digest(self, start: int = 0) -> int:
         """crc32 of every text and label."""
@@ -83,12 +93,8 @@ def read_table(source: Source, header: list[str] | None = None) -> tuple[list[st
             where = " from the Hugging Face Hub (give --glue_dir)" * isinstance(source, str)
             raise ValueError(f"{source} cannot be read{where}: {type(e).__name__}") from None
         return list(columns), enumerate(zip(*columns.values()), 1)
-    try:  # utf-8-sig: MRPC's original files begin with a byte order mark
-        text = source.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").rstrip("\n")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{source} is not UTF-8 text (byte {e.start})") from None
-    lines = list(enumerate(text.split("\n"), 1))  # a lone \r inside a text ends no line
-    if source.suffix == ".tsv":
+    lines = read_lines(source)
+    if source.suffix != ".jsonl":
         names = header or lines.pop(0)[1].split("\t")
         return names, ((n, line.split("\t")) for n, line in lines)
     rows = []
@@ -99,6 +105,15 @@ def read_table(source: Source, header: list[str] | None = None) -> tuple[list[st
             raise ValueError(f"{source}:{n}: not a JSON object") from None
     names = list(rows[0][1])
     return names, ((n, [row.get(name) for name in names]) for n, row in rows)
+
+
+def read_lines(source: Path) -> list[tuple[int, str]]:
+    """The numbered lines of a text file."""
+    try:  # utf-8-sig: MRPC's original files begin with a byte order mark
+        text = source.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").rstrip("\n")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{source} is not UTF-8 text (byte {e.start})") from None
+    return list(enumerate(text.split("\n"), 1))  # a lone \r inside a text ends no line
 
 
 def read_split(source: Source, task: Task, labelled: bool = True) -> Split:
@@ -117,6 +132,8 @@ def read_split(source: Source, task: Task, labelled: bool = True) -> Split:
     split = Split(where, [[] for _ in texts], [], [])
     for line, row in rows:
         values = [row[i] if i < len(row) else None for i in at]
+        if odd := [v for v in values if v is not None and not is_text(v)]:
+            raise ValueError(f"{where}:{line}: {odd[0]!r:.60} is neither a text nor a label")
         if len(row) > len(names) and not task.sizes:
             raise ValueError(f"{where}:{line}: {len(row)} columns, the header has {len(names)}; "
                              "a tab inside a text?")
@@ -134,50 +151,73 @@ def read_split(source: Source, task: Task, labelled: bool = True) -> Split:
     return split
 
 
+def is_text(value: object) -> bool:
+    """Not a list, bytes, or the NaN that pandas writes for what is missing."""
+    return isinstance(value, str | int | float) and value == value
+
+
+def class_name(label: object) -> str:
+    """1.0, which pandas makes of a column of integers with a gap, is class 1."""
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", str(label))
+
+
 def find_labels(split: Split) -> tuple[str, ...]:
     """The labels of a training file, sorted (as numbers if all are)."""
-    names = {str(label) for label in split.labels}
+    names = {class_name(label) for _, label in split.flat_labels()}
     if len(names) < 2:
         raise ValueError(f"{split.where}: every row has the label {names.pop()!r}")
-    if fractions := [name for name in sorted(names) if re.fullmatch(r"-?\d*\.\d+", name)]:
-        raise ValueError(f"{split.where}: label {fractions[0]} is not a class; for numbers add "
-                         "--regression")
+    for name in sorted(names):
+        if re.fullmatch(r"-?\d*\.\d+(e-?\d+)?", name):
+            raise ValueError(f"{split.where}: label {name} is not a class; for numbers add "
+                             "--regression")
+        if re.search(r"[\t\r\n]", name):
+            raise ValueError(f"{split.where}: label {name!r} has a tab or line end in it")
     whole = all(re.fullmatch(r"-?\d+", name) for name in names)
     return tuple(sorted(names, key=(lambda name: (int(name), name)) if whole else None))
 
 
 def to_numbers(split: Split, task: Task) -> np.ndarray:
-    """Raw labels -> (n,) int64 classes, or float32 for regression. ValueError names the line."""
+    """Raw labels of texts or words -> (n,) int64 classes, or float32 for regression. ValueError
+    names the line."""
     known = {name: i for i, name in enumerate(task.labels)}
     if task.sizes:  # the hub has class numbers where the official files have names
         known |= {str(i): i for i in range(len(task.labels))}
     y = []
-    for line, label in zip(split.lines, split.labels):
+    for line, label in split.flat_labels():
         try:
-            y.append(float(label) if task.regression else known[str(label)])
+            y.append(float(label) if task.regression else known[class_name(label)])
         except (KeyError, TypeError, ValueError):
             y.append(math.nan)
         if not math.isfinite(y[-1]):
-            why = "is no number" if task.regression else f"is not one of {abridged(task.labels)}"
+            why = "is no number" if task.regression else f"is not one of {listed(task.labels)}"
             raise ValueError(f"{split.where}:{line}: label {label!r} {why}")
     return np.array(y, dtype=np.float32 if task.regression else np.int64)
 
 
-def abridged(labels: tuple[str, ...]) -> str:
-    return ", ".join(labels[:8]) + ", ..." * (len(labels) > 8)
+def listed(labels: tuple[str, ...]) -> str:
+    """At most eight, with quotes where there are blanks around one."""
+    names = [name if name == name.strip() else repr(name) for name in labels[:8]]
+    return ", ".join(names) + ", ..." * (len(labels) > 8)
 
 
 def load_data(task: Task, sources: dict[str, Source]) -> Data:
     """Read "train" and the dev splits of a task and check them. ValueError (one line) for what
     cannot be used; what can be used but should be known is in Data.notes."""
-    splits = {name: read_split(source, task) for name, source in sources.items()}
+    from glue.words import kind_of_words, read_words  # which is built on this file
+
+    kind = "" if task.sizes or task.regression else kind_of_words(sources["train"])
+    read = read_words if kind else read_split
+    splits = {name: read(source, task) for name, source in sources.items()}
     if not task.sizes and not task.regression:
-        task = replace(task, labels=find_labels(splits["train"]))
+        task = replace(task, labels=find_labels(splits["train"]), words=kind != "")
+        if kind and all(re.fullmatch(r"O|[BIESLU]-.+", label) for label in task.labels):
+            task = replace(task, metrics=("entity_f1",))
     y, majority = {name: to_numbers(split, task) for name, split in splits.items()}, 0.0
     if not task.regression:
         commonest = np.bincount(y["train"]).argmax()
         constant = {name: np.full_like(y[name], commonest) for name in y if name != "train"}
-        majority = evaluate(task, y, constant)["score"]
+        lengths = {name: splits[name].lengths for name in constant}
+        majority = evaluate(task, y, constant, lengths)["score"]
     digest = zlib.crc32(b"regression") if task.regression and not task.sizes else 0
     counts = [len(split.lines) for split in splits.values()]
     # to 1 in 10,000: the official QQP file and the hub's differ by three rows
@@ -186,7 +226,9 @@ def load_data(task: Task, sources: dict[str, Source]) -> Data:
     if task.sizes and not official:
         notes[0] += ": a subset, not the official task's " + ", ".join(f"{n:,}" for n in task.sizes)
     elif task.labels:
-        notes[0] += f", {len(task.labels)} classes: {abridged(task.labels)}"
+        notes[0] += f", {len(task.labels)} classes: {listed(task.labels)}"
+    if kind:
+        notes[0] += f"; {kind}, a label for each word, metric {task.metrics[0]}"
     for split in splits.values():
         digest = split.digest(digest)
         if split.broken:

@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from corpus.tokenizer import valid_unicode
 
 try:
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import (
+        AutoConfig,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+        AutoTokenizer,
+    )
     from transformers.utils import logging
 except ImportError as e:
     raise SystemExit(f"error: --hf: {e}; pip install -r requirements-dev.txt") from None
@@ -22,22 +27,25 @@ logging.set_verbosity_error()  # it reports every new classifier in ten lines
 logging.disable_progress_bar()
 
 class HFClassifier(nn.Module):
-    """Any transformers encoder behind the flat call of SequenceClassifier.
+    """Any transformers encoder behind the flat call of SequenceClassifier, or of TokenClassifier.
 
     pretrained=False: random weights of that shape. A last layer of as many classes is kept.
     n_positions: rows of its position table that a text can use, inf where it has none.
     ValueError for weights that are not all there.
     """
 
-    def __init__(self, path: Path, n_labels: int, dropout: float | None = None, pretrained=True):
+    def __init__(self, path: Path, n_labels: int, dropout: float | None = None, pretrained=True,
+                 words=False):
         super().__init__()
+        self.words = words
+        auto = AutoModelForTokenClassification if words else AutoModelForSequenceClassification
         config = AutoConfig.from_pretrained(path, num_labels=n_labels)
         # of embeddings, layers and classifier: each kind of encoder has its own names for them
         for name in config.to_dict() if dropout is not None else ():
             if "dropout" in name and "attention" not in name:
                 setattr(config, name, dropout)
         if pretrained:  # fp32 whatever the file holds: AdamW's small steps are lost in bf16 weights
-            self.model, report = AutoModelForSequenceClassification.from_pretrained(
+            self.model, report = auto.from_pretrained(
                 path, config=config, dtype=torch.float32, ignore_mismatched_sizes=True,
                 output_loading_info=True)
             new = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
@@ -45,7 +53,7 @@ class HFClassifier(nn.Module):
             if lost := sorted(k for k in new if k.startswith(body) and ".pooler." not in k):
                 raise ValueError(f"--hf {path}: its file has no {lost[0]} of the right shape")
         else:
-            self.model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+            self.model = auto.from_config(config, dtype=torch.float32)
         self.typed = (getattr(config, "type_vocab_size", None) or 0) > 1
         self.n_positions = math.inf
         # RoBERTa counts positions from padding_idx + 1: the rows before are out of a text's reach
@@ -59,14 +67,18 @@ class HFClassifier(nn.Module):
         self.model.compile(**how)
 
     def forward(self, input_ids, token_type_ids, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """Flat (T,) ids, those behind the last document ignored -> logits (B, n_labels)."""
+        """Flat (T,) ids, those behind the last document ignored -> logits (B or T, n_labels)."""
         lengths = cu_seqlens.diff().long()
         real = torch.arange(max_seqlen, device=lengths.device) < lengths[:, None]  # (B, S)
         padded = real.new_zeros((2, *real.shape), dtype=torch.long)
         padded[0] = self.model.config.pad_token_id or 0
         padded[:, real] = torch.stack([input_ids, token_type_ids])[:, : cu_seqlens[-1]]
         types = {"token_type_ids": padded[1]} if self.typed else {}
-        return self.model(input_ids=padded[0], attention_mask=real.long(), **types).logits
+        logits = self.model(input_ids=padded[0], attention_mask=real.long(), **types).logits
+        if not self.words:
+            return logits
+        rest = len(input_ids) - cu_seqlens[-1]  # rows of no example
+        return torch.cat([logits[real], logits.new_zeros(rest, logits.shape[-1])])
 
     def save_pretrained(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
@@ -78,6 +90,7 @@ class HFTokenizer:
     def __init__(self, path: Path):
         self.hf = AutoTokenizer.from_pretrained(path)
         self.cls_id, self.sep_id = self.hf.cls_token_id, self.hf.sep_token_id
+        self.unk_id = self.hf.unk_token_id
         self.vocab_size = max(self.hf.get_vocab().values()) + 1
         if self.cls_id is None or self.sep_id is None:
             raise ValueError(f"--hf {path}: its tokenizer has no [CLS] and [SEP]")
@@ -88,3 +101,6 @@ class HFTokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         texts = [valid_unicode(text) for text in texts]
         return self.hf(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def save(self, folder: Path) -> None:
+        self.hf.save_pretrained(folder)

@@ -32,6 +32,7 @@ class Task:
     labels: tuple[str, ...] = ()  # in the hub's order; () for regression, or not read yet
     metrics: tuple[str, ...] = ("accuracy",)  # their mean is the score
     sizes: tuple[int, ...] = ()  # official rows: train, dev (MNLI: matched and mismatched)
+    words: bool = False  # each word has a label
 
     @property
     def regression(self) -> bool:
@@ -86,9 +87,24 @@ def metric(name: str, y: np.ndarray, predicted: np.ndarray) -> float:
     return float({"pearson": pearsonr, "spearman": spearmanr}[name](y, predicted).statistic)
 
 
-def evaluate(task: Task, y: dict[str, np.ndarray], predicted: dict[str, np.ndarray]) -> dict:
+def entity_f1(names: tuple[str, ...], lengths: list[int], *sides: np.ndarray) -> float:
+    """F1 of whole entities (all their words, and their type), as CoNLL's. sides: true and predicted
+    labels (n,) of all words; lengths: words of each sentence."""
+    from seqeval.metrics import f1_score
+
+    cuts = np.cumsum(lengths)[:-1]
+    return float(f1_score(*([part.tolist() for part in np.split(np.array(names)[side], cuts)]
+                            for side in sides), zero_division=0))
+
+
+def evaluate(task: Task, y: dict[str, np.ndarray], predicted: dict[str, np.ndarray],
+             lengths: dict[str, list[int]] | None = None) -> dict[str, float]:
     """Metrics by name (MNLI: accuracy_m and accuracy_mm; regression: pearson beside spearman), and
-    "score": the mean of those in task.metrics, as upstream. y, predicted: (n,) for each dev."""
+    "score": the mean of those in task.metrics, as upstream. y, predicted: (n,) for each dev;
+    lengths: words of each sentence, for entities."""
+    if task.metrics == ("entity_f1",):
+        f1 = entity_f1(task.labels, lengths["dev"], y["dev"], predicted["dev"])
+        return {"score": f1, "entity_f1": f1}
     suffix = {"dev_matched": "_m", "dev_mismatched": "_mm"}
     metrics = {m + suffix.get(dev, ""): metric(m, y[dev], p)
                for dev, p in predicted.items() for m in task.metrics}

@@ -19,10 +19,12 @@ from scipy.stats import ttest_ind
 
 import finetune_glue
 from corpus.tokenizer import Tokenizer
-from finetune_glue import encode, find_checkpoints, fine_tune, main, predict
-from glue.files import load_data, locate, read_split, to_numbers
+from finetune_glue import find_checkpoints, fine_tune, main, predict
+from glue.encode import Encoded, encode
+from glue.files import Split, load_data, locate, read_split, to_numbers
 from glue.table import table
 from glue.tasks import FROM_MNLI, OWN, TASKS, Recipe, Task, evaluate, metric
+from glue.words import read_words
 from model import EncoderConfig, MaskedLM, SequenceClassifier
 from records import read_jsonl
 
@@ -110,6 +112,10 @@ def glue_dir(tmp_path_factory) -> Path:
         for split in task.devs:
             write_tsv(root / name / f"{split}.tsv", official_rows(name, 12, len(split)), header)
     return root
+
+
+def texts_only(*columns: list[str]) -> Split:
+    return Split("", list(columns), [], [])
 
 
 def records(run: Path) -> dict[str, list[dict]]:
@@ -349,22 +355,24 @@ def test_pairs_are_cut_longest_first(tokenizer):
     a, b = [" ".join(["the"] * 12)], [" ".join(["dog"] * 4)]
     n_a, n_b = len(tokenizer.encode(a[0])), len(tokenizer.encode(b[0]))
     assert n_a > n_b
-    whole = encode([a, b], tokenizer, 256)
+    both = texts_only(a, b)
+    whole = encode(both, tokenizer, 256)
     assert whole.ids.tolist() == [tokenizer.cls_id, *tokenizer.encode(a[0]), tokenizer.sep_id,
                                   *tokenizer.encode(b[0]), tokenizer.sep_id]
-    cut = encode([a, b], tokenizer, 3 + n_a + n_b - 2)  # two tokens too many: both leave the longer
+    cut = encode(both, tokenizer, 3 + n_a + n_b - 2)  # two tokens too many: both leave the longer
     assert cut.first.tolist() == [n_a]  # [CLS] + n_a - 2 + [SEP]
     assert cut.ids[n_a:].tolist() == [*tokenizer.encode(b[0]), tokenizer.sep_id]
-    tight = encode([a, b], tokenizer, 3 + 5)  # 5 tokens for both: 3 and 2
+    tight = encode(both, tokenizer, 3 + 5)  # 5 tokens for both: 3 and 2
     assert (tight.first.tolist(), len(tight.ids)) == ([5], 8)
-    assert len(encode([a], tokenizer, 8).ids) == 8
+    assert (whole.n_cut, cut.n_cut) == (0, 1)
+    assert len(encode(texts_only(a), tokenizer, 8).ids) == 8
 
 
 @pytest.mark.parametrize("position", ["alibi", "learned"])
 def test_flat_batches_equal_padded_ones_in_logits_and_gradients(position, tokenizer):
     rng = np.random.default_rng(3)
     texts = [[sentence(rng) for _ in range(7)] for _ in "ab"]
-    data = encode(texts, tokenizer, 20)
+    data = encode(texts_only(*texts), tokenizer, 20)
     torch.manual_seed(0)
     shape = dict(vocab_size=300, n_layers=2, n_heads=2, d_model=32, d_ff=48, max_positions=20)
     model = SequenceClassifier(EncoderConfig(**shape, position=position), 3).eval()
@@ -401,7 +409,7 @@ def test_predict_keeps_the_order_over_many_batches():
     lengths = rng.integers(1, 200, 900)  # about 90,000 tokens: several batches
     starts = np.concatenate([[0], lengths.cumsum()])
     ids = np.repeat(np.arange(900), lengths).astype(np.int32)
-    data = finetune_glue.Encoded(ids, starts, lengths)
+    data = Encoded(ids, starts, lengths, n_labels=900)
     assert predict(Echo(1, 1), data, torch.float32)[:, 0].tolist() == list(range(900))
 
 
@@ -508,11 +516,11 @@ def test_learning_rate_warms_up_and_ends_at_zero(tokenizer, monkeypatch):
 
     monkeypatch.setattr(torch.optim, "AdamW", Spy)
     rng = np.random.default_rng(0)
-    data = encode([[sentence(rng) for _ in range(50)]], tokenizer, 16)
+    data = encode(texts_only([sentence(rng) for _ in range(50)]), tokenizer, 16)
     cfg = EncoderConfig(vocab_size=300, n_layers=1, n_heads=2, d_model=16, d_ff=16)
     recipe = replace(TASKS["RTE"].recipe, epochs=10, batch_size=5)
     model, y = SequenceClassifier(cfg, 2), np.arange(50) % 2
-    history = fine_tune(model, data, y, recipe, 0, torch.float32, lambda: {"score": 0.0})
+    history, _ = fine_tune(model, data, y, recipe, 0, torch.float32, lambda: {"score": 0.0})
     assert [h["epoch"] for h in history] == list(range(1, 11))
     assert len(rates) == 100
     assert rates[:6] == pytest.approx([1e-5 * k / 6 for k in range(1, 7)])  # 6 % of 100 steps
@@ -531,7 +539,7 @@ def test_epochs_are_shuffled_anew_with_dropout_and_evaluated_without():
             return self.weight.expand(len(cu_seqlens) - 1, 1)
 
     ids, y = np.arange(10, dtype=np.int32), np.zeros(10, np.float32)
-    data = finetune_glue.Encoded(ids, np.arange(11), np.ones(10, dtype=int))
+    data = Encoded(ids, np.arange(11), np.ones(10, dtype=int), n_labels=10)
     recipe, orders = Recipe(lr=0.0, weight_decay=0.0, epochs=2, batch_size=4), []
     for seed in (7, 8):
         seen.clear()
@@ -549,13 +557,13 @@ def test_model_heeds_seed_and_dropout(tmp_path):
     cfg = EncoderConfig(vocab_size=64, n_layers=1, n_heads=2, d_model=16, d_ff=16)
     MaskedLM(cfg).save_pretrained(tmp_path)
     start = finetune_glue.Start(tmp_path, tmp_path, "r", "r", {}, "", None)
-    a, b, again = (start.model(2, 0.25, seed) for seed in (1, 2, 1))
+    a, b, again = (start.model(TASKS["RTE"], 0.25, seed) for seed in (1, 2, 1))
     assert torch.equal(a.classifier.weight, again.classifier.weight)
     assert not torch.equal(a.classifier.weight, b.classifier.weight)
     kinds = {"embedding", "output", "mlp", "classifier"}
     assert {getattr(a.cfg, f"{k}_dropout") for k in kinds} == {0.25}
     a.save_pretrained(tmp_path / "tuned")  # a classifier of other classes, of the same number
-    tuned = replace(start, folder=tmp_path / "tuned").model(2, 0.25, 1)
+    tuned = replace(start, folder=tmp_path / "tuned").model(TASKS["RTE"], 0.25, 1)
     assert not torch.equal(a.classifier.weight, tuned.classifier.weight)
     assert torch.equal(a.pooler.weight, tuned.pooler.weight)
 
@@ -564,7 +572,8 @@ def test_compiled_once_for_every_batch_and_for_every_seed(tokenizer, monkeypatch
     from torch._dynamo.utils import counters
 
     rng = np.random.default_rng(0)
-    data = encode([[sentence(rng) for _ in range(57)] for _ in "ab"], tokenizer, 40)
+    texts = [[sentence(rng) for _ in range(57)] for _ in "ab"]
+    data = encode(texts_only(*texts), tokenizer, 40)
     y, recipe = np.arange(57) % 2, replace(OWN, epochs=2, batch_size=8)
     assert len(y) % recipe.batch_size == 1  # a single example in the last batch
     kinds = ("embedding", "output", "mlp", "classifier")
@@ -578,7 +587,7 @@ def test_compiled_once_for_every_batch_and_for_every_seed(tokenizer, monkeypatch
         if compiled:  # what dynamo traces and guards does not depend on the backend; this is fast
             model.compile(dynamic=True, backend="aot_eager")
         before = counters["stats"]["unique_graphs"]
-        history = fine_tune(model, data, y, recipe, 1, torch.float32, lambda: {"score": 0.0})
+        history, _ = fine_tune(model, data, y, recipe, 1, torch.float32, lambda: {"score": 0.0})
         losses.append([h["loss"] for h in history])
         logits.append(predict(model, data, torch.float32))
         graphs.append(counters["stats"]["unique_graphs"] - before)
@@ -625,7 +634,7 @@ def test_regression_on_jsonl_with_two_named_columns(run, tmp_path, capsys):
     assert set(record["metrics"]) == {"spearman", "pearson"}
     assert record["score"] == record["metrics"]["spearman"] > 0.7
     message = fails(capsys, [str(run), *files, *columns[:-1], *LEARN])  # forgot --regression
-    assert "train.jsonl: label 0.0 is not a class; for numbers add --regression" in message
+    assert "train.jsonl: label 0.5 is not a class; for numbers add --regression" in message
 
 
 @pytest.mark.parametrize(("path", "name"), [("spam/train.tsv", "spam"), ("data/spam.tsv", "spam"),
@@ -649,8 +658,8 @@ def test_predictions_for_the_evaluation_file_are_written_and_make_the_score(run,
 
 def test_small_values_are_written_to_six_digits(tmp_path):
     clicks = Task("clicks", OWN, (("sentence",),), ("label",), metrics=("spearman",))
-    values = np.float32([0.0011234, 0.0011235, -7.0])[:, None]
-    finetune_glue.write_predictions(tmp_path / "answers.tsv", clicks, values)
+    values = np.float32([0.0011234, 0.0011235, -7.0])
+    finetune_glue.write_predictions(tmp_path / "answers.tsv", clicks, texts_only(), values)
     lines = (tmp_path / "answers.tsv").read_text().splitlines()
     assert lines == ["index\tprediction", "0\t0.0011234", "1\t0.0011235", "2\t-7"]
 
@@ -689,6 +698,180 @@ def test_rows_to_predict_may_be_the_tasks_own_file_with_rows_left_out_of_it(
     main([str(run), *args, "--seeds", "1", *QUICK])
     answers = (run / "glue/predictions/QQP_step_00000010_seed1_dev.tsv").read_text().splitlines()
     assert len(answers) == 1 + 13
+
+
+# ----------------------------------------------------------------------------- labelled words
+
+
+TAG = ["--epochs", "16", "--batch_size", "4", "--lr", "3e-3", "--dropout", "0", "--seeds", "5",
+       "--dtype", "float32", *ON_CPU]
+TAGS = {"the": "DET", "a": "DET", "man": "NOUN", "woman": "NOUN", "dog": "NOUN", "cat": "NOUN"}
+
+
+def tagged(n: int, seed: int = 0) -> list[tuple[list[str], list[str]]]:
+    """n sentences, each word with its label."""
+    rng = np.random.default_rng(seed)
+    sentences = [sentence(rng).split() for _ in range(n)]
+    return [(words, [TAGS.get(word, "X") for word in words]) for words in sentences]
+
+
+def write_words(path: Path, rows: list, labelled: bool = True) -> Path:
+    """Sentences of words in the form that the suffix says."""
+    if path.suffix == ".jsonl":
+        text = [json.dumps({"words": w} | ({"labels": y} if labelled else {})) for w, y in rows]
+    elif path.suffix == ".conllu":
+        text = ["# newdoc"]
+        for words, labels in rows:
+            text += ["# sent_id = 1", "1-2\tboth" + "\t_" * 8]
+            text += ["\t".join([f"{i}", w, "_", y, *"_" * 6])
+                     for i, (w, y) in enumerate(zip(words, labels), 1)]
+            text += ["8.1\tunsaid" + "\t_" * 8, ""]
+    else:
+        lines = [[f"{w} {y}" if labelled else w for w, y in zip(*row)] + [""] for row in rows]
+        text = ["-DOCSTART- O", "", *(line for row in lines for line in row)]
+    path.write_text("\n".join(text) + "\n")
+    return path
+
+
+def words_task(**changes) -> Task:
+    return Task("pos", OWN, (), ("label", "labels"), **changes)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".conllu", ".txt"])
+def test_words_are_read_alike_from_every_form_and_it_is_said(suffix, tmp_path):
+    rows = tagged(30)
+    files = {n: write_words(tmp_path / f"{n}{suffix}", rows) for n in ("train", "dev")}
+    task = replace(words_task(), label_columns=("upos",)) if suffix == ".conllu" else words_task()
+    data = load_data(task, files)
+    assert data.train.words == [words for words, _ in rows]
+    assert data.task.labels == ("DET", "NOUN", "X")
+    assert [data.task.labels[i] for i in data.y["dev"]] == [y for _, ys in rows for y in ys]
+    form = {".jsonl": "words", ".conllu": "CoNLL-U", ".txt": "CoNLL"}[suffix]
+    assert data.notes == ["pos: train 30, dev 30, 3 classes: DET, NOUN, X; "
+                          f"{form}, a label for each word, metric accuracy"]
+
+
+@pytest.mark.skipif(not (DATA / "ud_ewt").is_dir(), reason="the treebank is not in this clone")
+def test_the_english_web_treebank_has_17_parts_of_speech():
+    files = {"train": DATA / "ud_ewt/test.conllu", "dev": DATA / "ud_ewt/dev.conllu"}
+    data = load_data(replace(words_task(), label_columns=("upos",)), files)
+    assert (data.facts["n_train"], data.facts["n_dev"], len(data.task.labels)) == (2077, 2001, 17)
+    assert len(data.y["dev"]) == sum(data.devs["dev"].lengths) == 25_147
+
+
+def test_the_first_sub_word_has_the_label_and_what_is_cut_off_none(tokenizer):
+    words = ["the", "riverhouse", "?", "dogs"]
+    split = Split("", [[" ".join(words)] * 2], [], [1, 2], words=[words, words[:1]])
+    data = encode(split, tokenizer, 99)
+    alone = tokenizer.encode(" ".join(words))
+    assert data.ids[: data.starts[1]].tolist() == [tokenizer.cls_id, *alone, tokenizer.sep_id]
+    begins = np.flatnonzero(data.words >= 0)
+    assert data.words[begins].tolist() == [0, 1, 2, 3, 4]
+    starts = [len(tokenizer.encode(" ".join(words[:i]))) + 1 for i in range(4)]
+    assert begins[:4].tolist() == starts
+    assert data.labels(np.array([1]))[:3].tolist() == [-1, 4, -1]
+    cut = encode(split, tokenizer, starts[3] + 1)
+    assert (cut.words.max(), (cut.words >= 0).sum(), cut.n_cut, cut.n_labels) == (4, 4, 1, 5)
+
+    class Echo(torch.nn.Linear):
+        def forward(self, input_ids, **_):
+            return input_ids[:, None].float()
+
+    found = predict(Echo(1, 1), cut, torch.float32)[:, 0]
+    assert found[[0, 4]].tolist() == [tokenizer.encode("the")[0]] * 2
+    assert np.isnan(found[3])
+
+
+def test_entities_count_only_when_whole():
+    names = ("B-LOC", "B-PER", "I-LOC", "I-PER", "O")
+    y = [["B-PER", "I-PER", "O", "B-LOC"], ["B-LOC", "I-LOC", "O"]]
+    predicted = [["B-PER", "O", "O", "B-LOC"], ["B-LOC", "I-LOC", "B-PER"]]
+    flat = [np.array([names.index(label) for row in side for label in row])
+            for side in (y, predicted)]
+    task = words_task(words=True, labels=names, metrics=("entity_f1",))
+    found = evaluate(task, {"dev": flat[0]}, {"dev": flat[1]}, {"dev": [4, 3]})
+    assert found["score"] == found["entity_f1"] == pytest.approx(2 * 2 / (4 + 3))  # 2 of 3, of 4
+    nothing = evaluate(task, {"dev": flat[0]}, {"dev": np.full(7, 4)}, {"dev": [4, 3]})
+    assert nothing["score"] == 0.0
+
+
+def test_names_in_text_are_measured_as_entities(run, tmp_path):
+    rows = [(words, ["B-WHO" if y == "NOUN" else "O" for y in labels])
+            for words, labels in tagged(90)]
+    files = [str(write_words(tmp_path / f"{n}.txt", rows)) for n in ("train", "dev")]
+    task = ["--task", files[0], "--eval", files[1], "--task_name", "who"]
+    main([str(run), *task, *TAG])
+    (record,) = records(run)["who"]
+    assert record["score"] == record["metrics"]["entity_f1"] > 0.8
+    assert record["majority"] == 0.0
+
+
+def test_words_are_tagged_predicted_cut_and_exported(run, tmp_path, capsys):
+    from transformers import pipeline
+
+    from export import huggingface
+
+    files = {n: write_words(tmp_path / f"{n}.jsonl", tagged(120, seed))
+             for seed, n in enumerate(("train", "dev"))}
+    new = write_words(tmp_path / "new.txt", tagged(9, 5), labelled=False)
+    task = ["--task", str(files["train"]), "--eval", str(files["dev"]), "--task_name", "pos"]
+    args = [str(run), *task, *TAG, "--predict", str(new), "--save"]
+    main([*args, "--from_scratch", "--max_len", "14"])
+    out, found = capsys.readouterr().out, records(run)["pos"]
+    assert "of 120 texts are cut at the 14 tokens of small step_00000010; words beyond are X" in out
+    assert "gained over random weights" in out
+    assert found[0]["score"] > 0.8
+    folder, name = run / "glue/predictions", "pos_step_00000010_seed5"
+    read = [read_words(folder / f"{name}{end}.conll", words_task()) for end in ("", "_new")]
+    for split, rows in zip(read, (tagged(120, 1), tagged(9, 5))):
+        assert split.words == [words for words, _ in rows]  # one label for each word
+    true, predicted = ([label for row in rows for label in row]
+                       for rows in ([ys for _, ys in tagged(120, 1)], read[0].labels))
+    assert found[0]["score"] == pytest.approx(np.mean(np.array(true) == predicted))
+    huggingface.main([str(run / "glue/models" / name), "--out", str(tmp_path / "hf")])
+    tagger = pipeline("token-classification", str(tmp_path / "hf"), trust_remote_code=True)
+    n_whole = 0
+    for words, labels in zip(read[1].words, read[1].labels):
+        if len(tokens := tagger(" ".join(words))) <= 12:  # it was not cut
+            ends = np.cumsum([len(word) + 1 for word in words])
+            first = [next(t for t in tokens if t["end"] > max(end - len(word) - 2, 0))
+                     for word, end in zip(words, ends)]
+            assert [token["entity"] for token in first] == labels
+            n_whole += 1
+    assert n_whole > 2
+
+
+def test_a_transformers_encoder_tags_words(tmp_path):
+    write_hf_bert(tmp_path / "bert")
+    files = [str(write_words(tmp_path / f"{n}.txt", tagged(90))) for n in ("train", "dev")]
+    main(["--hf", str(tmp_path / "bert"), "--task", files[0], "--eval", files[1], *TAG,
+          "--task_name", "pos", "--max_len", "24"])
+    assert records(tmp_path / "bert")["pos"][0]["score"] > 0.9
+
+
+def test_bad_files_of_words_get_one_line_with_the_row(run, tmp_path, capsys):
+    good = [json.dumps({"words": w, "labels": y}) for w, y in tagged(8)]
+    uneven = '{"words": ["a", "b"], "labels": ["X"]}'
+    for suffix, line, extra, message in (
+        ("jsonl", uneven, "", "dev.jsonl:9: 2 words, 1 labels"),
+        ("jsonl", '{"words": [], "labels": []}', "", "dev.jsonl:9: an empty sentence"),
+        ("jsonl", '{"words": "a b", "labels": ["X"]}', "", ":9: words: 'a b' is no list"),
+        ("jsonl", '{"words": ["a", " "], "labels": ["X", "X"]}', "", ":9: ' ' among the words"),
+        ("jsonl", '{"words": ["a"], "labels": [null]}', "", ":9: None among the labels"),
+        ("jsonl", '{"words": ["a"], "labels": ["SO"]}', "", ":9: label 'SO' is not one of DET"),
+        ("jsonl", good[0], "--column tags", "no column tags; its columns are words, labels"),
+        ("txt", "alone", "", "dev.txt:4: this line lacks a word or its label"),
+        ("txt", "a SO", "", "dev.txt:4: label 'SO' is not one of DET"),
+        ("conllu", "9\tshort", "--column upos", "dev.conllu:2: this line lacks a word"),
+        ("conllu", "", "", "train.conllu is CoNLL-U: say which of its columns, e.g. --column upos"),
+    ):
+        train = write_words(tmp_path / f"train.{suffix}", tagged(8))
+        dev = tmp_path / f"dev.{suffix}"
+        lines = {"jsonl": [*good, line], "txt": ["the DET", "cat NOUN", "", line],
+                 "conllu": ["1\tthe\t_\tDET" + "\t_" * 6, line]}
+        dev.write_text("\n".join(lines[suffix]) + "\n")
+        args = ["--task", str(train), "--eval", str(dev), "--task_name", "pos", *extra.split()]
+        assert message in fails(capsys, [str(run), *args, *QUICK])
 
 
 # ----------------------------------------------------------------------------- jobs
@@ -825,6 +1008,44 @@ def test_two_workers_share_the_jobs_and_end_with_the_same_numbers(
         assert numbers[0] == numbers[1]
 
 
+def test_a_killed_job_goes_on_from_its_last_epoch_as_if_never_stopped(run, tmp_path, monkeypatch):
+    args = [str(run), *toy_task(tmp_path, 80), "--epochs", "4", "--seeds", "1", "--lr", "1e-3",
+            "--dropout", "0.1", *ON_CPU]
+    main(args)
+    (whole,) = records(run)["toy"]
+    (run / "glue/toy.jsonl").unlink()
+    monkeypatch.setattr(finetune_glue, "SAVE_EVERY", 0)
+    epochs, evaluate = [], finetune_glue.evaluate
+
+    def killed_in_the_third_epoch(*args):
+        epochs.append(1)
+        if len(epochs) == 3:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    monkeypatch.setattr(finetune_glue, "evaluate", killed_in_the_third_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        main(args)
+    (state,) = (run / "glue").glob(".toy-*.pt")
+    main(args)
+    assert len(epochs) == 5  # the third again, and the fourth
+    (resumed,) = records(run)["toy"]
+    assert resumed["history"] == whole["history"]
+    assert not state.exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step(
+        run, tmp_path, capsys, monkeypatch):
+    args = [str(run), *toy_task(tmp_path, 40), "--seeds", "1", *QUICK]
+    (run / "glue").write_text("")  # root, who runs some tests, may write to every folder
+    with monkeypatch.context() as m:
+        m.setattr(finetune_glue, "fine_tune", lambda *_: pytest.fail("it began"))
+        message = fails(capsys, args)
+    assert f"{run}/glue cannot be written to (File exists); give --out" in message
+    main([*args, "--out", str(tmp_path / "results")])
+    assert len(records(tmp_path / "results/small")["toy"]) == 1
+
+
 # ----------------------------------------------------------------------------- other starts
 
 
@@ -857,7 +1078,7 @@ def test_hugging_face_bert_is_fine_tuned_by_our_model_and_by_transformers(
     bert = str(tmp_path / "bert")
     write_hf_bert(tmp_path / "bert")
     theirs, ours = HFClassifier(bert, 2).eval(), SequenceClassifier.from_pretrained(bert)
-    texts = read_split(glue_dir / "RTE/dev.tsv", TASKS["RTE"]).texts
+    texts = read_split(glue_dir / "RTE/dev.tsv", TASKS["RTE"])
     data, same = (encode(texts, t, 24) for t in (HFTokenizer(bert), Tokenizer.load(bert)))
     assert data.ids.tolist() == same.ids.tolist()
     logits = [predict(model, data, torch.float32) for model in (theirs, ours)]
@@ -925,7 +1146,7 @@ def test_pairs_are_parted_for_a_transformers_tokenizer_that_adds_nothing_itself(
     PreTrainedTokenizerFast(tokenizer_object=bare, **special).save_pretrained(tmp_path)
     tokenizer = HFTokenizer(str(tmp_path))
     assert tokenizer.hf.num_special_tokens_to_add(pair=True) == 0
-    data = encode([["the cat"], ["a dog"]], tokenizer, 24)
+    data = encode(texts_only(["the cat"], ["a dog"]), tokenizer, 24)
     assert data.ids.tolist() == [2, vocabulary["the"], vocabulary["cat"], 3, vocabulary["a"],
                                  vocabulary["dog"], 3]
     (cut,) = tokenizer.encode_batch(["the \ud800 cat"])  # half of an emoji is unknown
@@ -950,7 +1171,7 @@ def test_transformers_weights_that_do_not_fit_are_refused(tmp_path):
 def test_texts_are_cut_at_learned_positions(tmp_path, tokenizer, capsys):
     write_checkpoint(tmp_path / "runs/bert", tokenizer, 10, position="learned", max_positions=9)
     main([str(tmp_path / "runs/bert"), *toy_task(tmp_path, 40), "--seeds", "1", *QUICK])
-    assert "texts are cut at its 9 positions, not at 256" in capsys.readouterr().out
+    assert "texts are cut at the 9 tokens of bert" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------- bad input
@@ -962,7 +1183,7 @@ def test_bad_files_get_one_line(run, tmp_path, capsys):
     train, dev = train_file.read_text(), dev_file.read_text()
     for train_text, dev_text, extra, message in (
         (train.replace("label", "target", 1), dev, "",
-         "no column label; its columns are sentence, target"),
+         "no column label or labels; its columns are sentence, target"),
         (train.replace("sentence", "text", 1), dev, "",
          "no column sentence1+sentence2 or sentence"),
         (train, dev, "--text_columns nothing", "no column nothing"),
@@ -1002,8 +1223,8 @@ def test_bad_settings_get_one_line(run, tmp_path, tokenizer, capsys):
     assert "--epochs 0" in fails(capsys, [str(run), *task, "--epochs", "0"])
     assert "dropout" in fails(capsys, [str(run), *task, "--dropout", "2"])
     assert "--predict needs one --task" in fails(capsys, [str(run), "--predict", "x.tsv"])
-    for wrong in (["--task", "RTE", *task[2:]], task[2:]):
-        assert "your own is two files" in fails(capsys, [str(run), *wrong])
+    assert "'RTE' cannot name" in fails(capsys, [str(run), "--task", "RTE", *task[2:]])
+    assert "or one of your own: --task train.tsv --eval" in fails(capsys, [str(run), *task[:2]])
     for name in ("RTE", "a/b", "a,b", "loss"):
         assert f"{name!r} cannot name" in fails(capsys, [str(run), *task, "--task_name", name])
     write_checkpoint(tmp_path / "elsewhere/small", tokenizer, 10)
@@ -1030,3 +1251,54 @@ def test_an_unreachable_hub_gets_one_line(run, capsys, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     message = fails(capsys, [str(run), "--task", "RTE", *QUICK])
     assert "cannot be read from the Hugging Face Hub (give --glue_dir): ConnectionError" in message
+
+
+@pytest.mark.parametrize(("rows", "message"), [
+    ([{"sentence": ["a", "b"], "label": 1}], "x.jsonl:1: ['a', 'b'] is neither a text nor a label"),
+    ([{"sentence": math.nan, "label": 1}], "x.jsonl:1: nan is neither a text nor a label"),
+    ([{"sentence": "a", "label": ["x"]}], "x.jsonl:1: ['x'] is neither a text nor a label"),
+    ([{"sentence": "a", "label": math.nan}], "x.jsonl:1: nan is neither"),
+    ([{"sentence": "a", "label": "x\ty"}, {"sentence": "a", "label": "z"}],
+     "x.jsonl: label 'x\\ty' has a tab or line end in it"),
+])
+def test_what_is_no_text_and_no_label_is_refused(rows, message, run, tmp_path, capsys):
+    file = tmp_path / "x.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    args = ["--task", str(file), "--eval", str(file), *QUICK]
+    assert message in fails(capsys, [str(run), *args])
+
+
+def test_lists_and_bytes_of_parquet_are_refused(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    task = Task("x", OWN, (("sentence",),), ("label",))
+    for texts in ([["a"], ["b"]], [b"a", b"b"]):
+        pq.write_table(pa.table({"sentence": texts, "label": [0, 1]}), tmp_path / "x.parquet")
+        with pytest.raises(ValueError, match=r"x\.parquet:1: .* is neither a text nor a label"):
+            read_split(tmp_path / "x.parquet", task)
+
+
+def test_whole_numbers_with_a_point_are_classes_and_blanks_in_labels_are_quoted(tmp_path):
+    task = Task("x", OWN, (("sentence",),), ("label",))
+    for labels, dev, classes in (([1.0, 2.0, 10.0], [2, 1], "1, 2, 10"),
+                                 (["pos", "neg", "pos "], ["neg"], "neg, pos, 'pos '")):
+        for name, some in (("train", labels), ("dev", dev)):
+            rows = [json.dumps({"sentence": "a", "label": label}) for label in some]
+            (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+        files = {name: tmp_path / f"{name}.jsonl" for name in ("train", "dev")}
+        data = load_data(task, files)
+        assert data.notes[0].endswith(f"3 classes: {classes}")
+        assert [data.task.labels[i] for i in data.y["dev"]] == list(map(str, dev))
+
+
+def test_a_regression_head_starts_at_the_mean_of_the_labels(run, tmp_path, monkeypatch):
+    rows = [{"sentence": w, "label": str(70 + i % 5)} for i, w in enumerate(WORDS)]
+    write_tsv(tmp_path / "grades/train.tsv", rows)
+    file, seen = str(tmp_path / "grades/train.tsv"), []
+    fine_tune = finetune_glue.fine_tune
+    monkeypatch.setattr(finetune_glue, "fine_tune", lambda model, *rest: (
+        seen.append(model.classifier.bias.item()), fine_tune(model, *rest))[1])
+    main([str(run), "--task", file, "--eval", file, "--regression", "--seeds", "1", *QUICK])
+    assert seen == [pytest.approx(np.mean([70 + i % 5 for i in range(len(WORDS))]))]
+    assert records(run)["grades"][0]["history"][0]["loss"] < 10  # from 0: about 5,000
