@@ -265,13 +265,8 @@ class FeedForward(nn.Module):
         h = self.inp(x)  # (T, 2 d_ff) or (T, d_ff)
         if not self.gated:
             return self.dropout(self.out(F.gelu(h)))
-        if torch.compiler.is_compiling():  # Inductor fuses this; without it there is a kernel
-            gate, up = h.chunk(2, dim=-1)
-            product = F.gelu(gate) * up
-        else:
-            product = kernels.geglu(h)
         # MosaicBERT: dropout sits on the product, before the last projection; BERT has it behind
-        return self.out(self.dropout(product))
+        return self.out(self.dropout(kernels.geglu(h)))
 
 
 class Layer(nn.Module):
@@ -437,8 +432,10 @@ def _as_flat(input_ids: Tensor, attention_mask=None, token_type_ids=None, **docu
         raise ValueError("attention_mask has a hole inside a row; documents must be contiguous")
     if not bool(real.any()):
         raise ValueError("attention_mask hides every token of the batch")
-    ids, where, cu_seqlens, max_seqlen = kernels.unpad(input_ids.unsqueeze(-1), real)
-    flat = dict(input_ids=ids.squeeze(-1), cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+    lengths, where = real.sum(1), real.flatten().nonzero()[:, 0].to(input_ids.device)  # (B,), (T,)
+    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(input_ids.device, torch.int32)
+    ids = input_ids.reshape(-1)[where]
+    flat = dict(input_ids=ids, cu_seqlens=cu_seqlens, max_seqlen=int(lengths.max()))
     if token_type_ids is not None:
         flat["token_type_ids"] = token_type_ids.reshape(-1)[where]
     return flat, (where, input_ids.shape)

@@ -1,4 +1,4 @@
-"""The Triton kernels on the device itself, in bf16: the claims of test_kernels.py again, then a random soak."""
+"""The Triton kernels on the device itself, in bf16: the claims of test_kernels.py, then a soak."""
 
 import random
 import time
@@ -10,13 +10,11 @@ import torch
 import torch.nn.functional as F
 from oracle import EDGES, assert_close_to_exact, oracles, with_grad
 
-import kernels
 from kernels import (
-    add_layer_norm,
     alibi_slopes,
     attention_tiles,
+    cross_entropy_reference,
     gather_rows,
-    geglu,
     masked_cross_entropy,
     scatter_rows,
     varlen_attention,
@@ -24,7 +22,7 @@ from kernels import (
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the Triton kernels cannot run here"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device for the kernels"),
 ]
 offsets = partial(oracle.offsets, device="cuda")
 ATOM = 1e-5  # fp32 products are three tf32 ones here
@@ -34,14 +32,31 @@ def draw(lengths, H, D, dtype=torch.bfloat16, **kwargs):
     return oracle.draw(lengths, H, D, dtype, device="cuda", **kwargs)
 
 
+def slopes_of(H, ratio=1.0):
+    return alibi_slopes(H, ratio).cuda()
+
+
 def attend(qkv, dout, lengths, slopes, **kwargs):
-    kwargs = {"max_seqlen": max(lengths), "backend": "triton"} | kwargs
-    return with_grad(lambda x: varlen_attention(x, offsets(lengths), slopes=slopes, **kwargs), qkv, dout=dout)
+    kwargs = dict(max_seqlen=max(lengths), slopes=slopes, backend="triton") | kwargs
+    return with_grad(lambda x: varlen_attention(x, offsets(lengths), **kwargs), qkv, dout=dout)
 
 
-def assert_at_most_twice_torchs_error(qkv, dout, lengths, slopes, name="", **kwargs):
-    exact, torchs = oracles(qkv, dout, lengths, slopes)
-    assert_close_to_exact(attend(qkv, dout, lengths, slopes, **kwargs), torchs, exact, name, ATOM)
+def check_error(qkv, dout, lengths, slopes, name="", rope_base=0.0, **kwargs):
+    """At most twice PyTorch's."""
+    exact, torchs = oracles(qkv, dout, lengths, slopes, rope_base)
+    ours = attend(qkv, dout, lengths, slopes, rope_base=rope_base, **kwargs)
+    assert_close_to_exact(ours, torchs, exact, name, ATOM)
+
+
+def without_waiting(step):
+    """Run `step` once to compile, then with an error where the host would wait for the GPU."""
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -49,34 +64,35 @@ def assert_at_most_twice_torchs_error(qkv, dout, lengths, slopes, name="", **kwa
 @pytest.mark.parametrize("longest", [64, 128, 1000])
 def test_error_is_at_most_twice_torchs(H, D, dtype, longest):
     lengths = [n for n in EDGES if n <= longest]
-    for steepness in (1.0, 8.0, 1e-3, None):
-        slopes = None if steepness is None else alibi_slopes(H).cuda() * steepness
-        assert_at_most_twice_torchs_error(*draw(lengths, H, D, dtype), lengths, slopes)
+    for steepness, ratio, rope_base in ((1, 1, 0), (8, 8, 0), (1e-3, 8, 1e3), (None, 1, 1e3)):
+        slopes = None if steepness is None else slopes_of(H, ratio) * steepness
+        check_error(*draw(lengths, H, D, dtype), lengths, slopes, rope_base=float(rope_base))
 
 
 @pytest.mark.parametrize("lengths", [[5, 64, 1, 33], [5, 128, 1, 33], [5, 700, 1, 130]], ids=str)
 def test_packed_equals_alone_and_repeats_bitwise(lengths):
-    slopes, bound = alibi_slopes(12).cuda(), max(lengths)
+    how = dict(slopes=slopes_of(12, 8.0), max_seqlen=max(lengths), rope_base=1e3)
     qkv, dout = draw(lengths, 12, 64)
-    packed = attend(qkv, dout, lengths, slopes)
-    alone = [attend(x, g, [len(x)], slopes, max_seqlen=bound) for x, g in zip(qkv.split(lengths), dout.split(lengths))]
+    packed = attend(qkv, dout, lengths, **how)
+    documents = zip(qkv.split(lengths), dout.split(lengths))
+    alone = [attend(x, g, [len(x)], **how) for x, g in documents]
     assert all(torch.equal(a, b) for a, b in zip(packed, map(torch.cat, zip(*alone))))
     tiles = attention_tiles(offsets(lengths)).cuda()
     for _ in range(20):
-        assert all(torch.equal(a, b) for a, b in zip(packed, attend(qkv, dout, lengths, slopes, tiles=tiles)))
+        again = attend(qkv, dout, lengths, tiles=tiles, **how)
+        assert all(torch.equal(a, b) for a, b in zip(packed, again))
 
 
 @pytest.mark.parametrize("lengths", [[20, 1, 50, 3], [20, 128, 1, 33], [20, 128, 1, 257]], ids=str)
 def test_nan_in_neighbours_or_slack_never_leaks(lengths):
-    slopes, slack = alibi_slopes(12).cuda(), 1000
+    slopes, slack, T = slopes_of(12), 1000, sum(lengths)
     qkv, dout = draw(lengths, 12, 64, slack=slack)
-    T = sum(lengths)
-    clean = attend(qkv, dout, lengths, slopes)
+    clean = attend(qkv, dout, lengths, slopes, rope_base=1e3)
     for victim in range(len(lengths)):
-        bad_qkv, bad_dout = torch.full_like(qkv, float("nan")), torch.full_like(dout, float("nan"))
-        for bad, good in ((bad_qkv, qkv), (bad_dout, dout)):
-            bad[:T].split(lengths)[victim].copy_(good[:T].split(lengths)[victim])
-        for a, b in zip(attend(bad_qkv, bad_dout, lengths, slopes), clean):
+        bad = [torch.full_like(x, float("nan")) for x in (qkv, dout)]
+        for x, good in zip(bad, (qkv, dout)):
+            x[:T].split(lengths)[victim].copy_(good[:T].split(lengths)[victim])
+        for a, b in zip(attend(*bad, lengths, slopes, rope_base=1e3), clean):
             assert torch.equal(a[:T].split(lengths)[victim], b[:T].split(lengths)[victim])
             assert (a[T:] == 0).all()
 
@@ -84,25 +100,24 @@ def test_nan_in_neighbours_or_slack_never_leaks(lengths):
 @pytest.mark.parametrize("n", [128, 300, 1024])
 def test_reversing_a_document_reverses_the_result(n):
     qkv, dout = draw([n], 2, 64, torch.float32)
-    slopes = alibi_slopes(2).cuda()
-    for a, b in zip(attend(qkv.flip(0), dout.flip(0), [n], slopes), attend(qkv, dout, [n], slopes)):
+    there = attend(qkv.flip(0), dout.flip(0), [n], slopes_of(2))
+    for a, b in zip(there, attend(qkv, dout, [n], slopes_of(2))):
         torch.testing.assert_close(a.flip(0), b, rtol=1e-4, atol=1e-5)
 
 
 def test_without_slope_it_is_scaled_dot_product_attention():
     qkv, dout = draw([500], 2, 64)
-    sdpa = lambda x: F.scaled_dot_product_attention(*x.permute(1, 2, 0, 3)[:, None])[0].transpose(0, 1)
-    for a, b in zip(attend(qkv, dout, [500], None), with_grad(sdpa, qkv, dout=dout)):
-        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+    sdpa = lambda x: F.scaled_dot_product_attention(*x.permute(1, 2, 0, 3)[:, None])[0]
+    expected = with_grad(lambda x: sdpa(x).transpose(0, 1), qkv, dout=dout)
+    torch.testing.assert_close(attend(qkv, dout, [500], None), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_offsets_beyond_2_to_the_31():
     T, H, D = 950_000, 12, 64  # T * 3 * H * D = 2.19e9 elements: 4.4 GB of qkv
     lengths = [1000] * (T // 1000)
     qkv, dout = draw(lengths, H, D)
-    slopes = alibi_slopes(H).cuda()
-    whole = attend(qkv, dout, lengths, slopes)
-    last = attend(qkv[-1000:], dout[-1000:], [1000], slopes)
+    whole = attend(qkv, dout, lengths, slopes_of(H), rope_base=1e3)
+    last = attend(qkv[-1000:], dout[-1000:], [1000], slopes_of(H), rope_base=1e3)
     assert all(torch.equal(a[-1000:], b) for a, b in zip(whole, last))
 
 
@@ -117,66 +132,38 @@ def test_rows_move_bitwise():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_pointwise_kernels_error_is_at_most_twice_torchs(dtype):
+def test_cross_entropys_error_is_at_most_twice_torchs(dtype):
     g = torch.Generator("cuda").manual_seed(0)
-    make = lambda *shape: torch.randn(*shape, generator=g, device="cuda").to(dtype)
-    wide = lambda xs: [x.double() for x in xs]
-
-    plain = lambda h: F.gelu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1]
-    h, dout = make(1000, 6144), make(1000, 3072)
-    exact, torchs = (with_grad(plain, x, dout=dout) for x in (h.double(), h))
-    assert_close_to_exact(with_grad(geglu, h, dout=dout), torchs, exact, "geglu", ATOM)
-
-    plain = lambda x, r, w, b: F.layer_norm(x + r, (768,), w, b)
-    inputs, dout = [make(1000, 768), make(1000, 768), make(768), make(768)], make(1000, 768)
-    exact, torchs = with_grad(plain, *wide(inputs), dout=dout), with_grad(plain, *inputs, dout=dout)
-    ours, again = (with_grad(add_layer_norm, *inputs, dout=dout) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(ours, again))
-    assert_close_to_exact(ours, torchs, exact, "add_layer_norm", ATOM)
-
-    logits, labels = make(100, 30528), torch.randint(30528, (100,), device="cuda")
-    labels[::7] = -100
-    plain = lambda x: F.cross_entropy(x, labels, reduction="sum")
-    exact, torchs = (with_grad(f, x, dout=torch.ones((), device="cuda")) for f, x in (
-        (plain, logits.double()), (lambda x: plain(x.float()), logits)))  # fmt: skip
-    ours = with_grad(lambda x: masked_cross_entropy(x * 1, labels)[0], logits, dout=torch.ones((), device="cuda"))
-    assert_close_to_exact(ours, torchs, exact, "masked_cross_entropy", ATOM)
+    logits = torch.randn(100, 30528, generator=g, device="cuda").to(dtype)
+    labels = torch.randint(30528, (100,), device="cuda", generator=g)
+    exact, low = (cross_entropy_reference(x, labels) for x in (logits.double(), logits))
+    loss, n_correct = masked_cross_entropy(logits, labels, keep_gradient=True)
+    assert n_correct == exact[1].sum()
+    torchs = low[0].sum(), low[2].to(dtype)
+    assert_close_to_exact((loss, logits), torchs, (exact[0].sum(), exact[2]), atom=ATOM)
 
 
 def test_compiled_training_step_makes_no_host_synchronisation():
-    lengths = [100, 300, 28]
-    qkv, _ = draw(lengths, 12, 64)
-    slopes, cu = alibi_slopes(12).cuda(), offsets(lengths)
+    lengths, slopes = [100, 300, 28], slopes_of(12)
+    qkv, cu = draw(lengths, 12, 64)[0].requires_grad_(), offsets(lengths)
     tiles, index = attention_tiles(cu).cuda(), torch.arange(0, 400, 3, device="cuda")
 
     @torch.compile(fullgraph=True)
     def f(qkv):
-        out = varlen_attention(qkv * 2, cu, 300, slopes, tiles=tiles).flatten(1)
+        out = varlen_attention(qkv * 2, cu, 300, slopes, rope_base=1e3, tiles=tiles).flatten(1)
         return gather_rows(out, index).float().sum()
 
-    f(qkv.requires_grad_()).backward()  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        f(qkv).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    without_waiting(lambda: f(qkv).backward())
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_berts_attention_is_torchs_and_with_dropout_it_never_waits_for_the_gpu(compiled):
     lengths = [100, 300, 28]
     (qkv, dout), cu = draw(lengths, 12, 64), offsets(lengths)
-    assert_at_most_twice_torchs_error(qkv, dout, lengths, None, backend="padded")
-    attention = lambda x: varlen_attention(x * 2, cu, 300, dropout_p=0.1, backend="padded")
-    f = torch.compile(attention, fullgraph=True) if compiled else attention
-    f(qkv.requires_grad_()).backward(dout)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        f(qkv).backward(dout)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    check_error(qkv, dout, lengths, None, backend="padded")
+    f = lambda x: varlen_attention(x * 2, cu, 300, dropout_p=0.1, backend="padded")
+    f, qkv = torch.compile(f, fullgraph=True) if compiled else f, qkv.requires_grad_()
+    without_waiting(lambda: f(qkv).backward(dout))
 
 
 @pytest.mark.slow
@@ -185,11 +172,12 @@ def test_sixty_seconds_of_random_shapes():
     while time.monotonic() < until:
         seed += 1
         longest = rng.choice([64, 128, 300, 2000])
-        lengths = [rng.choice([0, 1, longest, rng.randint(1, longest)]) for _ in range(rng.randint(1, 12))] + [1]
+        draw_length = lambda longest=longest: rng.choice([0, 1, longest, rng.randint(1, longest)])
+        lengths = [draw_length() for _ in range(rng.randint(1, 12))] + [1]
         H, D = rng.choice([1, 2, 12, 16]), rng.choice([16, 32, 48, 64, 96, 128])
-        slopes = rng.choice([None, alibi_slopes(H).cuda(), alibi_slopes(H).cuda() * 10])
+        slopes = rng.choice([None, slopes_of(H), slopes_of(H, 8.0) * 10])
         tiles = attention_tiles(offsets(lengths)).cuda() if rng.random() < 0.5 else None
         qkv, dout = draw(lengths, H, D, rng.choice([torch.bfloat16, torch.float16]), seed=seed)
-        name = f"seed {seed}, lengths {lengths}, H {H}, D {D}"
-        assert_at_most_twice_torchs_error(qkv, dout, lengths, slopes, name, tiles=tiles, max_seqlen=longest)
-    print(f"{seed} shapes, chip family {kernels._chip_family(torch.cuda.get_device_capability())}")
+        how = dict(tiles=tiles, max_seqlen=longest, rope_base=rng.choice([0.0, 1e3]))
+        check_error(qkv, dout, lengths, slopes, f"seed {seed}, {lengths}, H {H}, D {D}", **how)
+    print(f"{seed} shapes")
