@@ -1,8 +1,8 @@
 """From documents on disk to masked, flat micro-batches.
 
-Micro-batch `m` is a pure function of (corpora, settings, seed, m): order, packing and masks come from counters.
-So the global batch is the same on 1 or 8 GPUs, and a resumed run needs nothing but the number of its next micro-batch.
-Padding never exists: every micro-batch is exactly `micro_tokens` real tokens.
+Micro-batch `m` is a pure function of (corpora, settings, seed, m): order, packing and masks come
+from counters. So the global batch is the same on 1 or 8 GPUs, and a resumed run needs nothing but
+the number of its next micro-batch. There is no padding: every token of a micro-batch is real.
 """
 
 import threading
@@ -16,14 +16,17 @@ from torch import Tensor
 from corpus.shards import Corpus
 from corpus.tokenizer import Tokenizer
 
+# tokens of a micro-batch of evaluation: fixed, so that whatever the settings all runs see the same
+EVAL_MICRO_TOKENS = 8_192
+
 # ----------------------------------------------------------------------------- batches
 
 
 def shuffled(index: np.ndarray, n: int, seed: int) -> np.ndarray:
     """Place `index` (int64 array, 0..n-1) in a pseudo-random permutation of n things.
 
-    A four-round Feistel network on the next power of four, walked until the value falls below n: no table, so that
-    C4's 365 million documents are shuffled in no memory, and any place can be computed alone.
+    A four-round Feistel network on the next power of four, walked until the value falls below n: no
+    table, so that C4's 365 million documents are shuffled in no memory, and any place alone.
     """
     half = max((int(n - 1).bit_length() + 1) // 2, 1)
     low = np.uint64((1 << half) - 1)
@@ -50,46 +53,30 @@ class Batch:
     n_documents: int
 
 
-@dataclass
-class Draw:
-    """From which corpora the windows of the stream come, from one place on."""
-
-    first: int  # that place
-    before: np.ndarray  # (K,) int64: windows drawn from each corpus before it
-    block: np.ndarray  # (BLOCK,) int64: corpus of each window of a block; the same for every block
-    rank: np.ndarray  # (BLOCK,) int64: windows of that corpus before this one in the block
-    each: np.ndarray  # (K,) int64: windows of a block from each corpus
-
-
 class Batches:
     """An endless, shuffled stream of flat micro-batches of exactly `micro_tokens` tokens.
 
-    Windows (at most seq_len tokens with their [CLS] and [SEP]) are laid end to end in shuffled order, epoch after
-    epoch; the one that does not fit into the rest of a micro-batch is cut there. Where micro-batch m begins depends on
-    the lengths before it, so those places are counted once, from the start, as far as they are needed.
+    Windows (at most seq_len tokens with their [CLS] and [SEP]) are laid end to end in shuffled
+    order, epoch after epoch; the one that does not fit into the rest of a micro-batch is cut there.
+    Where micro-batch m begins depends on the lengths before it, so those places are counted once,
+    from the start, as far as they are needed.
 
-    corpora: folders that share one tokenizer. shares: None reads them as one corpus; K numbers, one a corpus, draw
-    windows from each in these proportions, exactly so in every BLOCK of them, each corpus in its own shuffled order and
-    at its own pace of epochs. `change_shares` draws in other proportions from a micro-batch on.
+    corpora: folders that share one tokenizer. documents: "first" window of each or "all". shares:
+    None reads them as one corpus; K numbers, one a corpus, draw windows from each in these
+    proportions, exactly so in every BLOCK of them, each corpus in its own shuffled order and at its
+    own pace of epochs. ValueError (one line) for a split without documents.
     """
 
     CHUNK = 65_536
     BLOCK = 1_000
 
-    def __init__(
-        self,
-        corpora: list[Corpus],
-        tokenizer: Tokenizer,
-        seq_len: int,
-        micro_tokens: int,
-        documents: str,
-        seed: int,
-        shares: list[float] | None = None,
-    ):
+    def __init__(self, corpora: list[Corpus], tokenizer: Tokenizer, seq_len: int, micro_tokens: int,
+                 documents: str, seed: int, shares: list[float] | None = None):
         self.corpora, self.tokenizer = corpora, tokenizer
-        self.seq_len, self.micro_tokens, self.documents, self.seed = seq_len, micro_tokens, documents, seed
-        self.body = seq_len - 2
-        self.first_document = np.cumsum([0] + [len(c) for c in corpora])  # of each corpus, all numbered as one
+        self.seq_len, self.micro_tokens = seq_len, micro_tokens
+        self.documents, self.seed, self.body = documents, seed, seq_len - 2
+        # first document of each corpus, all numbered as one
+        self.first_document = np.cumsum([0] + [len(c) for c in corpora])
         self.lengths = np.concatenate([c.lengths for c in corpora])
         if documents == "all":
             per_document = -(-self.lengths // self.body)
@@ -99,54 +86,36 @@ class Batches:
             edges = self.first_document
         for corpus, n in zip(corpora, np.diff(edges)):
             if n == 0:
-                raise SystemExit(f"error: {corpus.folder}: the {corpus.split} split has no documents")
+                raise ValueError(f"{corpus.folder}: the {corpus.split} split has no documents")
         self.n_windows = int(edges[-1])
-        self.edges = edges if shares else edges[[0, -1]]  # windows between two of them are drawn from as one
-        self.draws = [self._draw_from(0, np.zeros(len(self.edges) - 1, dtype=np.int64), shares or [1.0])]
+        # windows between two edges are drawn from as one
+        self.edges = edges if shares else edges[[0, -1]]
+        # of a block, the same for every block: corpus of each window (BLOCK,), windows of that
+        # corpus before it (BLOCK,), windows of each corpus (K,)
+        shares = shares or [1.0]
+        ends = np.round(np.cumsum(shares) / sum(shares) * self.BLOCK)
+        order = shuffled(np.arange(self.BLOCK), self.BLOCK, seed=0)
+        self.block_source = np.searchsorted(ends, order, side="right")
+        self.block_sizes = np.bincount(self.block_source, minlength=len(ends))
+        self.block_rank = np.empty(self.BLOCK, dtype=np.int64)
+        by_source = np.argsort(self.block_source, kind="stable")
+        self.block_rank[by_source] = np.concatenate([np.arange(n) for n in self.block_sizes])
         self.starts = [0]  # place in the stream where each micro-batch begins
         self.n_special: list[int] = []  # [CLS] and [SEP] in each
-        self.planning = threading.Lock()  # the loop asks for counts while a thread builds the next batch
-
-    def _draw_from(self, first: int, before: np.ndarray, shares: list[float]) -> Draw:
-        """Blocks whose windows come from the corpora in these proportions, mixed."""
-        ends = np.round(np.cumsum(shares) / sum(shares) * self.BLOCK)
-        block = np.searchsorted(ends, shuffled(np.arange(self.BLOCK), self.BLOCK, seed=0), side="right")
-        rank = np.empty(self.BLOCK, dtype=np.int64)
-        for k in range(len(before)):
-            rank[block == k] = np.arange((block == k).sum())
-        return Draw(first, before, block, rank, np.bincount(block, minlength=len(before)))
-
-    def _draw(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Places in the stream -> which corpus, and the index of the window among those drawn from it."""
-        source, nth = np.empty((2, len(places)), dtype=np.int64)
-        since = np.searchsorted([draw.first for draw in self.draws], places, side="right") - 1
-        for i, draw in enumerate(self.draws):
-            mine = since == i
-            block, at = np.divmod(places[mine] - draw.first, self.BLOCK)
-            source[mine] = k = draw.block[at]
-            nth[mine] = draw.before[k] + block * draw.each[k] + draw.rank[at]
-        return source, nth
-
-    def change_shares(self, m: int, shares: list[float]) -> None:
-        """From micro-batch m on (none from there on may have been asked for) draw in these proportions."""
-        self._plan(m)
-        with self.planning:
-            first, old = self.starts[m], self.draws[-1]
-            blocks, rest = divmod(first - old.first, self.BLOCK)
-            drawn = old.before + blocks * old.each + np.bincount(old.block[:rest], minlength=len(old.each))
-            self.draws.append(self._draw_from(first, drawn, shares))
-            del self.starts[m + 1 :], self.n_special[m:]
+        self.planning = threading.Lock()  # the loop asks for counts while a thread builds a batch
 
     def _windows(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Places in the stream -> document, offset in it, tokens of text."""
-        source, nth = self._draw(places)
+        block, at = np.divmod(places, self.BLOCK)
+        source = self.block_source[at]
+        nth = block * self.block_sizes[source] + self.block_rank[at]  # among those of its corpus
         sizes = np.diff(self.edges)
         epoch, index = np.divmod(nth, sizes[source])
         window = np.empty(len(places), dtype=np.int64)
         for e, k in np.unique(np.stack([epoch, source], axis=1), axis=0).tolist():
             mine = (source == k) & (epoch == e)
-            # the epoch is part of the key: every epoch has an order of its own
-            window[mine] = self.edges[k] + shuffled(index[mine], int(sizes[k]), self.seed * 1_000_003 + e)
+            key = self.seed * 1_000_003 + e  # every epoch has an order of its own
+            window[mine] = self.edges[k] + shuffled(index[mine], int(sizes[k]), key)
         if self.documents == "all":
             document = np.searchsorted(self.first_window, window, side="right") - 1
             offset = (window - self.first_window[document]) * self.body
@@ -159,13 +128,12 @@ class Batches:
         with self.planning:
             while len(self.starts) < m + 2:
                 first = self.starts[-1]
-                lengths = self._windows(np.arange(first, first + max(self.CHUNK, self.micro_tokens)))[2] + 2
+                places = np.arange(first, first + max(self.CHUNK, self.micro_tokens))
+                lengths = self._windows(places)[2] + 2
                 ends = np.cumsum(lengths)
                 used = 0
-                while True:
-                    last = int(np.searchsorted(ends, used + self.micro_tokens))  # the window that fills it up
-                    if last >= len(ends):
-                        break
+                # until the window `last`, which fills the micro-batch up, is beyond this chunk
+                while (last := int(np.searchsorted(ends, used + self.micro_tokens))) < len(ends):
                     start, cut = self.starts[-1] - first, int(ends[last]) - used - self.micro_tokens
                     one_token = int(lengths[last]) - cut == 1  # a rest of one token is a lone [CLS]
                     self.n_special.append(2 * (last + 1 - start) - one_token)
@@ -173,7 +141,7 @@ class Batches:
                     used = int(ends[last])
 
     def n_maskable(self, m: int) -> int:
-        """Tokens of text in micro-batch m, known without reading it: how ranks agree on the global count."""
+        """Tokens of text in micro-batch m, known without reading it: ranks agree on the total."""
         self._plan(m)
         return self.micro_tokens - self.n_special[m]
 
@@ -193,10 +161,10 @@ class Batches:
             ids[b - 1] = self.tokenizer.sep_id
             ids[a] = self.tokenizer.cls_id
         special[cu[:-1]] = special[cu[1:] - 1] = True
-        return Batch(torch.from_numpy(ids), torch.from_numpy(cu), torch.from_numpy(special), len(document))
+        return Batch(*map(torch.from_numpy, (ids, cu, special)), len(document))
 
     def epoch_tokens(self) -> int:
-        """Tokens of all windows, their [CLS] and [SEP] counted: of an epoch, where all corpora are read as one."""
+        """Tokens of all windows, [CLS] and [SEP] counted: an epoch, if corpora are read as one."""
         text = self.lengths if self.documents == "all" else np.minimum(self.lengths, self.body)
         return int(text.sum(dtype=np.int64)) + 2 * self.n_windows
 
@@ -211,9 +179,7 @@ class Batches:
 
 def random_bits(seed: int, stream: int, n: int, device: torch.device | str) -> Tensor:
     """(n,) int64, 62 random bits each: SplitMix64 (Steele et al. 2014) of (seed, stream, place).
-
-    Counter-based: no state to save, and integer arithmetic gives the same numbers on CPU and GPU.
-    """
+    No state to save, and integer arithmetic gives the same numbers on CPU and GPU."""
 
     def mix(x):  # of a tensor; int64 wraps around as the original's uint64 does
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
@@ -221,28 +187,30 @@ def random_bits(seed: int, stream: int, n: int, device: torch.device | str) -> T
         return x ^ ((x >> 31) & ((1 << 33) - 1))
 
     golden = 0x9E3779B97F4A7C15 - (1 << 64)
-    key = mix(mix(torch.tensor(seed * 2 + 1) * golden) + torch.tensor(stream) * golden)  # on the host: no wait
+    # on the host: no wait for the device
+    key = mix(mix(torch.tensor(seed * 2 + 1) * golden) + torch.tensor(stream) * golden)
     return mix(key + torch.arange(n, device=device) * golden) & ((1 << 62) - 1)
 
 
-def mask_tokens(
-    batch: Batch, tokenizer: Tokenizer, n_masked: int, corruption: str, seed: int, m: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
+def mask_tokens(batch: Batch, tokenizer: Tokenizer, n_masked: int, corruption: str, seed: int,
+                m: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Mask exactly `n_masked` tokens of text of micro-batch `m`, chosen uniformly.
 
-    Returns corrupted ids (T,), masked_idx (n_masked,) in rising order, and labels (n_masked,), the true ids.
-    80/10/10: of the masked tokens 80 % become [MASK], 10 % a random ordinary token, 10 % stay (Devlin et al. 2019).
+    Returns corrupted ids (T,), masked_idx (n_masked,) in rising order, and labels (n_masked,), the
+    true ids. 80/10/10: of the masked tokens 80 % become [MASK], 10 % a random ordinary token, 10 %
+    stay (Devlin et al. 2019). "mask": all become [MASK].
     """
     ids = batch.input_ids.to(device, non_blocking=True)
     special = batch.special.to(device, non_blocking=True)
     bits = random_bits(seed, 2 * m, len(ids), device)
-    order = bits.masked_fill(special, 2**62)  # above every key, so special tokens are never among the smallest
+    order = bits.masked_fill(special, 2**62)  # above every key: never among the smallest
     masked_idx = torch.topk(order, n_masked, largest=False).indices.sort().values
     labels = ids[masked_idx]
     new = torch.full_like(labels, tokenizer.mask_id)
     if corruption == "80/10/10":
         bits = random_bits(seed, 2 * m + 1, len(ids), device)[masked_idx]
-        specials = sorted({getattr(tokenizer, f"{s}_id") for s in ("pad", "unk", "cls", "sep", "mask")})
+        names = "pad", "unk", "cls", "sep", "mask"
+        specials = sorted({getattr(tokenizer, f"{name}_id") for name in names})
         other = (bits >> 8) % (tokenizer.vocab_size - len(specials))
         for s in specials:  # count past the special ids
             other = other + (other >= s)
@@ -251,13 +219,11 @@ def mask_tokens(
     return ids.index_put((masked_idx,), new), masked_idx, labels
 
 
-def one_mask_each(
-    batch: Batch, tokenizer: Tokenizer, n: int, micro_tokens: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The first `n` tokens of text of `batch`, each masked in a copy of its document that is whole otherwise.
-
-    Yields input_ids (T,), cu_seqlens (C+1,), masked_idx (C,) and labels (C,) of C copies each, T around micro_tokens.
-    """
+def one_mask_each(batch: Batch, tokenizer: Tokenizer, n: int, micro_tokens: int
+                  ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The first `n` tokens of text of `batch`, each masked in a copy of its document that is whole
+    otherwise. Yields input_ids (T,), cu_seqlens (C+1,), masked_idx (C,) and labels (C,) of C copies
+    each, T around micro_tokens."""
     cu = batch.cu_seqlens.long()
     hidden = (~batch.special).nonzero().flatten()[:n]
     if not len(hidden):
@@ -274,8 +240,9 @@ def one_mask_each(
 
 
 def count_masked(batches: Batches, m: int, rate: float) -> int:
-    """How many tokens of micro-batch m to mask: at least one; from 256 on a multiple of 16, at most 8 from the rate's.
-    A CPU makes its matmul code anew for every number of rows it meets, and these go through a dozen matmuls."""
+    """How many tokens of micro-batch m to mask: at least one; from 256 on a multiple of 16, at most
+    8 from the rate's. A CPU makes its matmul code anew for every number of rows it meets, and these
+    go through a dozen matmuls."""
     there = batches.n_maskable(m)
     n = max(1, round(rate * there))
     return n if n < 256 else min(16 * round(n / 16), there)

@@ -1,7 +1,5 @@
 """What a script runs on and how it is called: device, dtype, speed, git revision, command lines.
 
-    cfg = read_command_line(Config)    # fields of a dataclass as flags; --help shows their comments
-
 torch and tyro are imported where they are needed: scripts that use neither start at once.
 """
 
@@ -14,16 +12,13 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from records import to_json, write_atomically
 
 if TYPE_CHECKING:
     import torch
-
-T = TypeVar("T")
 
 PEAK_BF16_TFLOPS = {  # dense, from the data sheets; part of the GPU's name (the first that fits)
     "H200 NVL": 835.5, "H200": 989.4, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.4,
@@ -32,11 +27,11 @@ PEAK_BF16_TFLOPS = {  # dense, from the data sheets; part of the GPU's name (the
 }
 
 
-def read_command_line(config: type[T], args: Sequence[str] | None = None, prog: str | None = None,
-                      about: str = "", positional: bool = False) -> T:
-    """A `config` from the command line `args`, default sys.argv[1:]. What does not fit is said by
-    tyro, with what was perhaps meant; exit code 2. `prog`: name of the script in --help; `about`:
-    what --help says above the flags; `positional`: required fields are given without --name."""
+def read_command_line(config: type, args: list[str] | None = None, prog: str | None = None,
+                      about: str = "", positional: bool = False) -> Any:
+    """A `config` from the command line `args`, default sys.argv[1:]. tyro says what does not fit,
+    exit code 2. `prog`, `about`: the script's name in --help and what that says above the flags;
+    `positional`: required fields are given without --name."""
     import tyro
 
     # a switch has one flag: --no_x where x is on by default, else --x
@@ -46,8 +41,13 @@ def read_command_line(config: type[T], args: Sequence[str] | None = None, prog: 
 
 
 def peak_tflops(gpu: str) -> float | None:
-    """Dense bf16 TFLOP/s of the GPU of this name; None where it is not in the table."""
+    """Dense bf16 TFLOP/s of the GPU of this name; None: not in the table."""
     return next((peak for part, peak in PEAK_BF16_TFLOPS.items() if part in gpu), None)
+
+
+def processes() -> tuple[int, int]:
+    """This process's number and how many there are: torchrun's RANK and WORLD_SIZE, else 0, 1."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def pick_device(kind: str, local_rank: int = 0) -> torch.device:
@@ -60,7 +60,7 @@ def pick_device(kind: str, local_rank: int = 0) -> torch.device:
         kind = "cuda" if has_cuda else "mps" if has_mps else "cpu"
     if not {"cuda": has_cuda, "mps": has_mps, "cpu": True}[kind]:
         raise ValueError(f"--device {kind}: torch sees no {kind.upper()} device")
-    if kind == "cpu":  # most batches need new compiled matmuls; the 1,024 that oneDNN keeps take 3 GB
+    if kind == "cpu":  # batches of new shapes compile matmuls; the 1,024 oneDNN keeps fill 3 GB
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     if kind == "cuda":
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
@@ -82,10 +82,10 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def git_revision() -> str:
     """Short hash of the checkout, with "+" when files are changed; "unknown" outside git."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    describe = [*git, "describe", "--always", "--dirty=+", "--exclude=*"]
+    describe = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    how = dict(cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     try:
-        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(describe, **how).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -109,8 +109,7 @@ def hardware_name(device: torch.device) -> str:
 
 
 def failure(error: Exception) -> str:
-    """Kind of the error and its first line, cut at 200 characters: what a failed contender of a
-    benchmark is listed with."""
+    """Kind of the error and its first line: what a benchmark lists a failed contender with."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 

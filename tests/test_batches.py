@@ -156,43 +156,6 @@ def test_every_block_of_1000_windows_has_exactly_the_shares(corpora, tokenizer, 
     assert_read_through_before_any_repeats(batches, source, windows)
 
 
-def test_a_corpus_is_read_through_across_a_change_of_shares_in_the_middle_of_a_block(corpora, tokenizer):
-    batches = mixture(corpora, tokenizer, [0.7, 0.2, 0.1])
-    m = 5
-    batches.change_shares(m, [0.1, 0.3, 0.6])
-    first = batches.starts[m]
-    assert first % 1_000 > 0, "the middle of a block"
-    batches.change_shares(3 * m, [0.0, 0.5, 0.5])
-    second = batches.starts[3 * m]
-    source, windows = drawn(batches, np.arange(second + 9_000))
-    assert_read_through_before_any_repeats(batches, source, windows)
-    for begin in range(second, second + 9_000, 1_000):
-        assert np.bincount(source[begin : begin + 1_000], minlength=3).tolist() == [0, 500, 500]
-    before = mixture(corpora, tokenizer, [0.7, 0.2, 0.1])
-    assert drawn(before, np.arange(first))[1] == windows[:first]
-    lone = [drawn(batches, np.array([p]))[1][0] for p in (0, first - 1, first, first + 1, second, second + 7)]
-    assert lone == [windows[p] for p in (0, first - 1, first, first + 1, second, second + 7)]
-
-
-def test_a_mixture_is_a_function_of_seed_and_m_whatever_was_asked_before(corpora, tokenizer, monkeypatch):
-    """Planned far ahead or just in time, in order or not, the change announced before or when it comes."""
-
-    def same(a: Batch, b: Batch) -> bool:
-        return torch.equal(a.input_ids, b.input_ids) and torch.equal(a.cu_seqlens, b.cu_seqlens)
-
-    plain, at_once = mixture(corpora, tokenizer, [0.6, 0.2, 0.2]), mixture(corpora, tokenizer, [0.6, 0.2, 0.2])
-    at_once.change_shares(40, [0.1, 0.1, 0.8])
-    monkeypatch.setattr(Batches, "CHUNK", 100)  # planning in small pieces must not matter either
-    in_time = mixture(corpora, tokenizer, [0.6, 0.2, 0.2])
-    early = [in_time(m) for m in range(40)]
-    in_time.change_shares(40, [0.1, 0.1, 0.8])
-    late = [in_time(m) for m in range(40, 80)]
-    for m in (79, 40, 0, 39, 41, 60):
-        assert same(at_once(m), (early + late)[m]) and at_once.n_maskable(m) == in_time.n_maskable(m)
-        assert same(plain(m), at_once(m)) == (m < 40), "the change begins at 40 and not before"
-    assert not same(mixture(corpora, tokenizer, [0.6, 0.2, 0.2], seed=4)(0), plain(0))
-
-
 def test_folders_without_shares_are_one_corpus_every_document_once_an_epoch(corpora, tokenizer):
     for documents in ("first", "all"):
         batches = mixture(corpora, tokenizer, None, documents)

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import export.huggingface
+from checkpoint import load_start
 from corpus.tokenizer import Tokenizer
 from export.huggingface import fast_tokenizer, main
 from fill_mask import fill_mask
@@ -27,7 +28,7 @@ from model import (
     SequenceClassifier,
     TokenClassifier,
 )
-from pretrain import load_start, train
+from pretrain import train
 from recipes import TrainConfig, make_presets
 
 GOLDEN = Path(__file__).parents[1] / "../shared/golden/mosaicbert_small.safetensors"

@@ -1,0 +1,244 @@
+"""What a pretraining run begins from, and the checkpoints that it leaves in runs/<name>/.
+
+ckpt/step_<number>/    model.safetensors, config.json and the tokenizer, for others to read;
+                       trainer.pt (optimizers and counters to go on with), progress.json (costs)
+
+A run is the same run if corpora, tokenizer, settings that change numbers and the weights begun from
+are the same. Where folders lie and what they are called is no part of it.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import IO
+
+import torch
+import torch.distributed as dist
+
+import recipes
+from batches import EVAL_MICRO_TOKENS, Batches
+from corpus.shards import Corpus
+from corpus.tokenizer import Tokenizer
+from machine import processes
+from model import NOT_IN_THE_WEIGHTS, MaskedLM, find_checkpoints, find_folder, weights_checksum
+from recipes import FREE_TO_CHANGE, PLACES, Branch, EncoderConfig, TrainConfig
+from records import read_json
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+# ------------------------------------------------------------------------ what a run begins from
+
+
+@dataclass
+class Start:
+    """What a run is and what it begins from."""
+
+    run: Path
+    settings: dict  # for its config.json
+    batches: Batches  # to train on
+    eval_batches: Batches
+    own: Path | None  # the run's newest checkpoint
+    checkpoint: Path | None  # to load: its own newest, or for a new branch the stem's
+    weights: MaskedLM | None  # of --start_from, for a new run
+    progress: dict  # progress.json of `checkpoint`; {} without
+
+
+def corpus_digests(corpora: list[Corpus], recorded: list[str] | None = None) -> list[str]:
+    """Names what the folders hold, wherever they are: vocabulary and shards by their checksums.
+    A run of revision 660131b keeps what it has `recorded`, checksums of meta.json."""
+    held, metas = [], [(c.folder / "meta.json").read_bytes() for c in corpora]
+    for c in corpora:
+        shards = [[s["split"], s["bin_sha256"], s["idx_sha256"]] for s in c.meta["shards"]]
+        held.append(json.dumps([c.meta["tokenizer_files"], shards], sort_keys=True).encode())
+    old, new = ([hashlib.sha256(x).hexdigest()[:16] for x in some] for some in (metas, held))
+    return old if old == recorded else new
+
+
+def load_start(start_from: str, tokenizer: Tokenizer, data: str) -> MaskedLM:
+    """Weights to go on from. ValueError (one line) if their vocabulary is not that of the data."""
+    folder = find_folder(start_from)
+    model = MaskedLM.from_pretrained(folder)
+    n, rows = tokenizer.vocab_size, model.cfg.padded_vocab_size
+    same = n <= rows < n + 128  # official tables are rounded up to a multiple of 64 or 128
+    if (folder / "tokenizer.json").is_file() or (folder / "tokenizer.meta.json").is_file():
+        same &= tokenizer.same_as(Tokenizer.load(folder))
+        theirs = "another tokenizer"
+    else:  # the official MosaicBERT comes without one: it was trained with bert-base-uncased's
+        same &= bool(tokenizer.hf)  # 30,528 entries is what a vocabulary of our own has too
+        theirs = "another tokenizer (none is beside it, so bert-base-uncased's)"
+    if not same:
+        raise ValueError(f"--start_from {start_from}: trained with {theirs} than {data}; "
+                         "prepare the data with prepare_c4.py --tokenizer and its tokenizer")
+    return model
+
+
+def begun_from(cfg: TrainConfig, old: dict) -> list | None:
+    """[folder, checksum] of the weights that a run begins with, None for fresh ones. One that goes
+    on, with the settings `old`, keeps what is recorded even if those weights are gone since;
+    ValueError if others are in their place now, or in the place that is given instead."""
+    given, recorded = cfg.cooldown_from or cfg.start_from, old.get("began_from")
+    if not given:
+        return None
+    if not recorded:
+        folder = Path(given) if cfg.cooldown_from else find_folder(given)
+        return [str(folder), weights_checksum(folder)]
+    folder, checksum = Path(recorded[0]), recorded[1]
+    places = [folder] if folder.is_dir() else []
+    if given not in (old["cooldown_from"], old["start_from"]):  # moved, or something else
+        places = [p for p in (find_folder(given), Path(given) / "ckpt" / folder.name) if p.is_dir()]
+    if places and checksum not in map(weights_checksum, places):
+        raise ValueError(f"the run began from other weights than {places[0]} has now; "
+                         "give this one another --name")
+    return recorded
+
+
+def resolve_start(preset: str, cfg: TrainConfig, world_size: int = 1) -> Start:
+    """What a run is and what it begins from. cfg.model gets the vocabulary of the data, or the
+    shape of the weights of --start_from. SystemExit or ValueError (one line) for settings that
+    cannot work, a folder with another run, and weights that do not go with the data."""
+    recipes.check_config(cfg, world_size)
+    run = Path(cfg.out) / (cfg.name or preset)
+    folders, shares = recipes.read_mixture(cfg.data)
+    corpora = [Corpus(folder) for folder in folders]
+    tokenizer, *others = (Tokenizer.load(corpus.folder) for corpus in corpora)
+    if not all(map(tokenizer.same_as, others)):
+        raise ValueError(f"{', '.join(folders)} have different tokenizers; prepare all but the "
+                         f"first with --tokenizer {folders[0]}")
+    stream = cfg.seq_len, cfg.micro_tokens, cfg.documents, cfg.seed, shares
+    batches = Batches(corpora, tokenizer, *stream)
+    stream = cfg.seq_len, min(EVAL_MICRO_TOKENS, cfg.eval_tokens), "all", 0, shares
+    eval_batches = Batches([Corpus(folder, "val") for folder in folders], tokenizer, *stream)
+    own = (find_checkpoints(run) or [None])[-1]
+    old = recipes.read_settings(run) if own else {}
+    weights = None
+    if cfg.start_from:
+        default = recipes.make_presets()[preset][1].model
+        asked = {k: v for k, v in asdict(cfg.model).items() if v != getattr(default, k)}
+        if flags := [f"--model.{k}" for k in asked if k not in NOT_IN_THE_WEIGHTS]:
+            raise ValueError(f"--start_from brings a shape of its own; leave out {' '.join(flags)}")
+        if not own:
+            weights = load_start(cfg.start_from, tokenizer, folders[0])
+        cfg.model = replace(weights.cfg if weights else EncoderConfig(**old["model"]), **asked)
+        recipes.check_config(cfg, world_size)
+    elif not cfg.cooldown_from:  # a branch keeps its stem's, which --start_from may have brought
+        cfg.model.vocab_size = tokenizer.vocab_size
+    if cfg.cooldown_from and not own:
+        if not tokenizer.same_as(Tokenizer.load(cfg.cooldown_from)):
+            raise ValueError(f"--cooldown_from {cfg.cooldown_from}: not the tokenizer of the data")
+        stem = recipes.read_settings(Path(cfg.cooldown_from).parents[1])
+        same = corpus_digests(corpora, stem["corpus"]) == stem["corpus"]
+        if [*cfg.data] == stem["data"] and not same:
+            raise ValueError(f"{', '.join(folders)}: not the corpus that the stem was trained on")
+
+    settings = asdict(cfg) | {"preset": preset, "began_from": begun_from(cfg, old)}
+    settings |= {"corpus": corpus_digests(corpora, old.get("corpus")), "shares": shares}
+    settings = json.loads(json.dumps(settings))  # lists for tuples, as in the file
+    differ = [k for k in settings if k not in FREE_TO_CHANGE | PLACES and settings[k] != old.get(k)]
+    differ += [k for k in ("start_from", "cooldown_from") if bool(settings[k]) != bool(old.get(k))]
+    if old and differ:
+        long = "model", "corpus", "shares", "began_from"
+        what = [k if k in long else f"{k} {old.get(k)} -> {settings[k]}" for k in differ]
+        raise ValueError(f"{run} holds a run with other settings ({', '.join(what)}); "
+                         "give this one another --name")
+    checkpoint = own or (Path(cfg.cooldown_from) if cfg.cooldown_from else None)
+    progress = read_json(checkpoint / "progress.json") if checkpoint else {}
+    return Start(run, settings, batches, eval_batches, own, checkpoint, weights, progress)
+
+
+def lock_run(start: Start, host: dist.ProcessGroup | None = None) -> IO | None:
+    """Own the run folder while the returned file is open and this process lives (an OS lock), and
+    remove what a killed run left half-written. SystemExit (one line) on all processes, the group
+    `host`, if another run owns it or it cannot be written."""
+    file, found = None, [None]
+    if processes()[0] == 0:
+        try:
+            start.run.mkdir(parents=True, exist_ok=True)
+            file = open(start.run / ".lock", "a")  # noqa: SIM115
+            if fcntl:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            places = [start.run / name for name in (".", "ckpt", "config.json", "log.jsonl")]
+            if not all(os.access(p, os.W_OK) for p in places if p.exists()):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            if (find_checkpoints(start.run) or [None])[-1] != start.own:
+                found = [f"{start.run} was trained on just now; the same command continues it"]
+            for leftover in start.run.glob("ckpt/step_*.tmp"):
+                shutil.rmtree(leftover)
+        except BlockingIOError:
+            found = [f"another process trains in {start.run}; give this run another --name"]
+        except OSError as e:
+            found = [f"cannot write to {start.run} ({e.strerror}); choose another --out"]
+    if host:
+        dist.broadcast_object_list(found, src=0, group=host)
+    if found[0]:
+        raise SystemExit(f"error: {found[0]}" if processes()[0] == 0 else 1)
+    return file
+
+
+# ----------------------------------------------------------------------------- checkpoints
+
+
+@dataclass
+class State:
+    """All that training changes: what a checkpoint holds and a resumed run goes on with."""
+
+    model: MaskedLM
+    optimizers: list[tuple[torch.optim.Optimizer, float]]  # each with its peak learning rate
+    step: int = 0
+    tokens: int = 0
+    micro: int = 0  # micro-batches so far, over all processes: the number of the next
+    train_seconds: float = 0.0  # without evaluation, saving and compilation
+    branch: Branch | None = None
+
+    def begin(self, start: Start, cfg: TrainConfig) -> None:
+        """Take over weights, optimizers and counters that the run begins with."""
+        if start.weights:
+            self.model.load_state_dict(start.weights.state_dict())
+        if not start.checkpoint:
+            return
+        self.model.load_state_dict(MaskedLM.from_pretrained(start.checkpoint).state_dict())
+        device = next(self.model.parameters()).device
+        path = start.checkpoint / "trainer.pt"
+        trainer = torch.load(path, map_location=device, weights_only=True)
+        for (optimizer, _), saved in zip(self.optimizers, trainer["optimizers"]):
+            optimizer.load_state_dict(saved)
+        self.step, self.tokens, self.micro = (trainer[k] for k in ("step", "tokens", "micro"))
+        self.train_seconds = trainer["train_seconds"]
+        # by position: revision 660131b had other names for the same four
+        self.branch = trainer["branch"] and Branch(*trainer["branch"].values())
+        if not start.own:
+            _, stem = recipes.run_config(start.checkpoint.parents[1])
+            self.branch = recipes.branch_off(stem, self, cfg.cooldown)
+
+    def save(self, start: Start, progress: dict) -> Path:
+        """Write ckpt/step_<step>/ under a temporary name, fsync, rename: a kill leaves a whole
+        folder or none. SystemExit (one line) if it cannot be written."""
+        final = start.run / "ckpt" / f"step_{self.step:08d}"
+        temporary = final.with_suffix(".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        trainer = {k: getattr(self, k) for k in ("step", "tokens", "micro", "train_seconds")}
+        trainer |= {"branch": self.branch and asdict(self.branch),
+                    "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers]}
+        try:
+            self.model.save_pretrained(temporary)
+            start.batches.tokenizer.save(temporary)
+            torch.save(trainer, temporary / "trainer.pt")
+            (temporary / "progress.json").write_text(json.dumps(progress, indent=2) + "\n")
+            for path in [*temporary.iterdir(), temporary]:
+                fd = os.open(path, os.O_RDONLY)
+                os.fsync(fd)
+                os.close(fd)
+            shutil.rmtree(final, ignore_errors=True)  # only there if the same step is saved twice
+            os.rename(temporary, final)
+        except Exception as e:  # a full disk is an OSError, or a RuntimeError from libraries below
+            shutil.rmtree(temporary, ignore_errors=True)
+            why = str(getattr(e, "strerror", None) or e).splitlines()[0]
+            raise SystemExit(f"error: could not write {final} ({why}); "
+                             "earlier checkpoints are untouched") from e
+        return final
