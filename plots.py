@@ -1,7 +1,6 @@
 """Draws the figures, from run folders and what is committed in results/, and nothing else.
 
     python plots.py pareto runs/*              # fine-tuned score against pretraining time
-    python plots.py pareto runs/* --task RTE --x tokens
     python plots.py pareto runs/* --published  # with the papers' points, as hollow markers
     python plots.py pareto results/shapes --metric loss     # a sweep's records; held-out loss
     python plots.py loss runs/*                # MLM loss against tokens, training and held-out
@@ -16,17 +15,18 @@ import itertools
 import math
 import textwrap
 from collections import Counter, defaultdict, namedtuple
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from matplotlib.font_manager import get_font_names
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from scipy.ndimage import uniform_filter1d
 
 import records
-from records import Run, find, listed, note, read_sweep, standard_error
+from records import Run, find, listed, note, read_jsonl, read_sweep, standard_error
 
 PUBLISHED = Path(__file__).parent / "results" / "published.json"
 # Okabe & Ito's colour-blind-safe palette without its yellow (pale on white) and its black (the
@@ -35,6 +35,7 @@ COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">"]
 DASHES = ["-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (9, 3)), (0, (3, 1, 1, 1, 1, 1))]
 FAMILIES = ["mosaic", "bert", "nano"]  # each has its colour in all figures; others come after them
+FONTS = {"Noto Sans CJK SC", "Noto Sans CJK JP", "Hiragino Sans", "Microsoft YaHei", "SimHei"}
 GLUE = {"MNLI", "QQP", "QNLI", "SST-2", "CoLA", "STS-B", "MRPC", "RTE"}
 COSTS = {  # --x: name, key in logs, units
     "seconds": ("time", "train_seconds", {"seconds": 1, "minutes": 60, "hours": 3600}),
@@ -47,19 +48,21 @@ METRICS = {  # --metric: name, unit, scale
     "loss": ("Held-out MLM loss", " (nats)", 1),
     "accuracy": ("Held-out MLM accuracy", " (%)", 100),
     "pseudo_perplexity": ("Held-out pseudo-perplexity", "", 1),
+    "blimp": ("Accuracy on BLiMP", " (%)", 100),
 }
 plt.switch_backend("Agg")  # files only: works without a display
 plt.rcParams.update({
     "figure.figsize": (6.6, 4.4), "figure.constrained_layout.use": True, "savefig.dpi": 200,
-    "font.size": 9, "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.grid": True,
-    "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
-    "axes.edgecolor": "0.3", "axes.axisbelow": True, "grid.color": "0.92", "xtick.color": "0.3",
-    "ytick.color": "0.3", "legend.frameon": False, "legend.fontsize": 8,
+    "font.family": ["DejaVu Sans", *sorted(FONTS & set(get_font_names()))], "font.size": 9,
+    "text.parse_math": False,  # names are text: a run may be called lr_$1$
+    "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.grid": True, "axes.axisbelow": True, "axes.ymargin": 0.08, "axes.edgecolor": "0.3",
+    "axes.spines.top": False, "axes.spines.right": False, "grid.color": "0.92",
+    "xtick.color": "0.3", "ytick.color": "0.3", "legend.frameon": False, "legend.fontsize": 8,
     "legend.handlelength": 3.2, "lines.linewidth": 1.6, "svg.hashsalt": "plots",
 })
 
-Paths = Annotated[tuple[str, ...], tyro.conf.Positional,
-                  tyro.conf.arg(help="run folders runs/*, sweeps results/*")]
+Paths = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(help="runs/*, results/*")]
 Out = Annotated[str, tyro.conf.arg(help="file to write: .png, .svg or .pdf")]
 Cost = Annotated[Literal[*COSTS], tyro.conf.arg(help="horizontal axis")]
 # a checkpoint: cost x, mean score y, its standard error err (nan if nothing tells)
@@ -72,9 +75,8 @@ def extent(counts: list[int]) -> str:
 
 
 def frontier(x: list[float], y: list[float], lower: bool, same: float = 0.01) -> np.ndarray:
-    """(n,) bool: the points that no other beats, by being better and no more expensive, or as good
-    and cheaper. Costs that differ by less than the share `same` are equal. lower=True: a smaller y
-    is better."""
+    """(n,) bool: the points that no other beats, by being better (lower=True: smaller) and no more
+    expensive, or as good and cheaper. Costs that differ by less than the share `same` are equal."""
     x, y = np.asarray(x, float), np.asarray(y, float) * (-1 if lower else 1)
     beaten = [((y > b) & (x <= a * (1 + same)) | (y >= b) & (x < a * (1 - same))).any()
               for a, b in zip(x, y)]
@@ -106,13 +108,6 @@ def points(scores: list[dict]) -> list[Point]:
     return sorted(found, key=lambda p: p.x)
 
 
-def smooth(y: np.ndarray, window: int) -> np.ndarray:
-    """Centred running mean over `window` values, fewer at the ends; nan values are passed over."""
-    ok, ones = np.isfinite(y), np.ones(max(1, min(window, len(y))))
-    with np.errstate(invalid="ignore"):
-        return np.convolve(np.where(ok, y, 0.0), ones, "same") / np.convolve(ok, ones, "same")
-
-
 def published_points(x: Cost) -> list[tuple[str, np.ndarray, list[float]]]:
     """(name and hardware, costs in the units of the logs, GLUE averages in %) of
     results/published.json, of the points whose cost is known."""
@@ -128,7 +123,7 @@ def published_points(x: Cost) -> list[tuple[str, np.ndarray, list[float]]]:
     return found
 
 
-def name_lines(options: dict[Hashable, list[str]]) -> dict[Hashable, str]:
+def name_lines(options: dict[object, list[str]]) -> dict[object, str]:
     """{line: names it could have, shortest first} -> the first that no other line could have."""
     taken = Counter(name for names in options.values() for name in set(names))
     return {line: next((n for n in names if taken[n] == 1), names[-1])
@@ -148,8 +143,7 @@ def styles(families: dict[str, str]) -> dict[str, dict]:
 
 
 def cost_axis(ax, x: Cost, top: float, log: bool = False) -> float:
-    """Labels and scales a cost axis that reaches top (seconds, dollars, tokens); returns the unit
-    to divide by."""
+    """Labels and scales a cost axis that reaches top; returns the unit to divide by."""
     cost, _, units = COSTS[x]
     unit = [next(iter(units)), *(u for u in units if units[u] * 3 <= top)][-1]
     ax.set_xlabel(f"pretraining {cost}" + f" ({unit})" * bool(unit))
@@ -171,8 +165,10 @@ def finish(fig, out: str, title: str, lines: list[str], handles: list) -> None:
                          fontsize=7.5, color="0.35", in_layout=False)
     if len(handles) > 30:
         handles[29:] = [plt.Line2D([], [], ls="", label=f"and {len(handles) - 29} more")]
-    columns = max(1, min(len(handles), 105 // (max(len(h.get_label()) for h in handles) + 10)))
-    fig.legend(handles=handles, loc="outside lower center", ncols=columns)
+    labels = [h.get_label() for h in handles]
+    columns = max(1, min(len(handles), 105 // (max(map(len, labels)) + 10)))
+    labels = [" " * label.startswith("_") + label for label in labels]  # else it is left out
+    fig.legend(handles, labels, loc="outside lower center", ncols=columns)
     fig.set_figheight(fig.get_figheight() + 0.18 * (math.ceil(len(handles) / columns) - 2))
     picture, kind = io.BytesIO(), Path(out).suffix[1:] or "png"
     try:  # without a date the same data gives the same file
@@ -180,7 +176,6 @@ def finish(fig, out: str, title: str, lines: list[str], handles: list) -> None:
     except ValueError as e:
         raise SystemExit(f"error: --out {out}: {e}") from None
     plt.close(fig)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
     records.write_atomically(Path(out), picture.getvalue())
     print(out)
 
@@ -201,7 +196,10 @@ def checkpoints(runs: list[Run], sweeps: list[Path], metric: str, x: Cost) -> li
         about = {"line": lines[run.path], "run": run.path, "family": run.family,
                  "device": run.device}
         own = [r for r in run.glue if r["step"] or r.get("checkpoint") == "random"]
-        if metric != "glue":
+        if metric == "blimp":  # of a checkpoint the record of most pairs
+            own = sorted(read_jsonl(run.path / "blimp.jsonl")[0], key=lambda r: r["n_pairs"])
+            own = {r["step"]: r | {"task": metric, key: r[log_key]} for r in own}.values()
+        elif metric != "glue":
             table = zip(*(run.eval[c].tolist() for c in ("step", metric, log_key)))
             own = [{"task": metric, "step": step, "score": score, key: cost}
                    for step, score, cost in table if step and math.isfinite(score)]
@@ -265,10 +263,12 @@ def pareto(paths: Paths, out: Out = "plots/pareto.png", x: Cost = "seconds", tas
 
     Args:
         task: one fine-tuning task; without it, the mean over the tasks all checkpoints share.
-        metric: glue = fine-tuned score; the others are of masked tokens in held-out text.
+        metric: glue = fine-tuned score; blimp = of python -m studies.blimp; the others are of
+            masked tokens in held-out text.
         published: add GLUE averages of results/published.json as hollow markers.
     """
     folders, sweeps = find(paths)
+    records.make_folder(Path(out).parent)
     runs = records.read_runs(folders, logs=metric != "glue")
     scores, tasks = of_shared_tasks(checkpoints(runs, sweeps, metric, x), task)
     used = [r | {"cost": r["cost"] if r["trained"] else 0} for r in scores
@@ -284,7 +284,6 @@ def pareto(paths: Paths, out: Out = "plots/pareto.png", x: Cost = "seconds", tas
     costs = np.concatenate([costs, *[cost for _, cost, _ in others]])
 
     fig, ax = plt.subplots()
-    ax.margins(y=0.08)
     unit = cost_axis(ax, x, costs.max(), log=costs.max() > 10 * costs.min())
     what, unit_of_score, scale = METRICS[metric]
     found = [p._replace(x=p.x / unit, y=p.y * scale, err=p.err * scale) for p in found]
@@ -313,15 +312,16 @@ def pareto(paths: Paths, out: Out = "plots/pareto.png", x: Cost = "seconds", tas
     if len(tasks) > 1 and set(tasks) != GLUE:
         lines.append(f"tasks: {', '.join(tasks)}")
     if others:
-        lines.append("hollow: published, on the hardware named and by other protocols, so neither "
-                     "costs nor scores compare exactly; sources in results/published.json")
+        lines.append("hollow: published, by other protocols; sources: results/published.json")
     finish(fig, out, f"{what} against pretraining {COSTS[x][0]}", lines, handles)
 
 
 def loss(paths: Paths, out: Out = "plots/loss.png", x: Cost = "tokens") -> None:
     """Masked-language-modelling loss of each run: training (raw and smoothed) and held-out. More
     than thirty runs are drawn thin and named by family."""
-    runs = [run for run in records.read_runs(find(paths)[0])
+    folders, _ = find(paths)
+    records.make_folder(Path(out).parent)
+    runs = [run for run in records.read_runs(folders)
             if len(run.train["step"]) + len(run.eval["step"])]
     if not runs:
         raise SystemExit(f"error: no log of a run in {listed(paths)}; nothing drawn")
@@ -333,12 +333,12 @@ def loss(paths: Paths, out: Out = "plots/loss.png", x: Cost = "tokens") -> None:
     for run in runs:
         look = looks[names[run.path]] | {"lw": 1.5 if few else 0.7, "ms": 5 if few else 3}
         ax.plot(run.eval[key] / unit, run.eval["loss"], **look | {"ls": ""})
-        if n := len(run.train["step"]):
+        if n := np.isfinite(run.train["loss"]).sum():
+            at, y = [run.train[k][np.isfinite(run.train["loss"])] for k in (key, "loss")]
             some = np.linspace(0, n - 1, min(n, 1000 if few else 100)).astype(int)  # small svg
-            at, y = run.train[key][some] / unit, run.train["loss"]
-            if few:
-                ax.plot(at, y[some], color=look["color"], lw=0.6, alpha=0.25)
-            ax.plot(at, smooth(y, n // 30)[some], **look | {"marker": ""})
+            ax.plot(at[some] / unit, y[some], color=look["color"], lw=0.6, alpha=0.25)
+            y = uniform_filter1d(y, max(1, n // 30), mode="nearest")  # running mean
+            ax.plot(at[some] / unit, y[some], **look | {"marker": ""})
     ax.set_ylabel("MLM loss (nats per masked token)")
     how = "line: training loss, smoothed, at the run's own masking rate · markers: held-out text"
     handles = [plt.Line2D([], [], label=name, ms=5, **look) for name, look in looks.items()]
@@ -362,7 +362,9 @@ def paired_values(sweeps: list[Path]) -> tuple[dict, dict]:
 def ablation(paths: Paths, out: Out = "plots/ablation.png") -> None:
     """What each variant of a sweep changes, against its preset as it is: the mean difference over
     the seeds that both have, with its 95 % confidence interval. Each sweep has its own panels."""
-    first, values = paired_values(find(paths)[1])
+    _, sweeps = find(paths)
+    records.make_folder(Path(out).parent)
+    first, values = paired_values(sweeps)
     if not first:
         raise SystemExit(f"error: no variant in {listed(paths)}; give sweeps run with --vary")
     presets = list(dict.fromkeys(preset for _, preset, _ in values))
@@ -398,15 +400,14 @@ def ablation(paths: Paths, out: Out = "plots/ablation.png") -> None:
         ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.set_xlabel(label)
         ax.grid(axis="y", visible=False)
-    axes[0, 0].set_yticks(range(len(variants)), variants)
-    axes[0, 0].set_ylim(len(variants) - 0.5, -0.5)
+    n = len(variants)
+    axes[0, 0].set(yticks=range(n), yticklabels=variants, ylim=(n - 0.5, -0.5))
     budgets = dict.fromkeys(f"{row['budget']:,.9g} {records.BUDGETS[row['equal']]}"
                             for row in first.values())
     devices = sorted({records.hardware(row) for row in first.values()})
     lines = [f"variant − preset as it is, paired by seed, n = {extent(counts or [0])} · "
              f"{listed([*budgets])} · on {listed(devices)}",
-             "bars: 95 % confidence interval of each alone · filled marker: 0 is outside · no bar: "
-             "shorter than the marker, or one seed"]
+             "bars: 95 % confidence interval, each alone · filled: 0 is outside · no bar: one seed"]
     handles = [plt.Line2D([], [], label=k, **look | {"ls": ""}) for k, look in looks.items()]
     finish(fig, out, "What each change does", lines, handles)
 

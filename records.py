@@ -22,6 +22,7 @@ NEEDED = {  # a record without these numbers is damaged
     "train": BASIC,
     "eval": BASIC,
     "glue": ["step", "score", "majority"],
+    "blimp": ["step", "score", "n_pairs", "tokens", "train_seconds", "gpu_seconds", "dollars"],
     "sweep": ["step", "tokens", "seed", "budget", "value", "train_seconds", "gpu_seconds",
               "dollars", "world_size"],
 }

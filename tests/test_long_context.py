@@ -1,4 +1,4 @@
-"""long_context.py: the same hidden tokens at every length, the losses of a plain forward, one line for bad input."""
+"""studies/long_context.py: the same hidden tokens at every length, the losses of a plain model."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import some_documents
 
 import prepare_c4
@@ -15,6 +16,7 @@ from corpus.tokenizer import Tokenizer
 from model import EncoderConfig, MaskedLM
 from studies.long_context import draw, evaluate, long_documents, main, windows
 
+FP32 = torch.float32
 SHAPE = dict(n_layers=1, n_heads=2, d_model=16, d_ff=16)
 
 
@@ -23,11 +25,10 @@ def long_corpus(tmp_path_factory):
     """Twelve documents of several thousand tokens, made of short ones."""
     folder = tmp_path_factory.mktemp("long")
     short = some_documents(240)
-    (folder / "long.jsonl").write_text(
-        "".join(json.dumps({"text": "\n\n".join(short[i::12])}) + "\n" for i in range(12)), encoding="utf-8"
-    )
-    settings = dict(source=str(folder / "long.jsonl"), vocab_size=500, val_fraction=0.3, workers=1, seed=1)
-    prepare_c4.prepare(prepare_c4.Config(out=str(folder / "data"), **settings))
+    lines = [json.dumps({"text": "\n\n".join(short[i::12])}) + "\n" for i in range(12)]
+    (folder / "long.jsonl").write_text("".join(lines), encoding="utf-8")
+    settings = dict(vocab_size=500, val_fraction=0.3, workers=1, out=str(folder / "data"))
+    prepare_c4.prepare(prepare_c4.Config(source=str(folder / "long.jsonl"), **settings))
     return folder / "data"
 
 
@@ -69,10 +70,11 @@ def test_windows_hold_the_text_between_cls_and_sep(tokenizer):
 
 
 def test_losses_are_those_of_each_window_alone(long_corpus, tokenizer):
-    """Recomputed window by window with the padded front door, from what evaluate hands to the model."""
+    """Recomputed window by window with the padded front door, from what the model was given."""
     model, seen = model_of(tokenizer), []
-    hook = model.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args[0], kwargs)), with_kwargs=True)
-    rows = evaluate(model, tokenizer, texts_of(long_corpus), (32, 256), torch.float32)
+    note = lambda _, args, kwargs: seen.append((args[0], kwargs))
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    rows = evaluate(model, tokenizer, texts_of(long_corpus), (32, 256), FP32)
     hook.remove()
     texts = [torch.from_numpy(t.astype(np.int64)) for t in texts_of(long_corpus)]
     for k, (length, row) in enumerate(zip((32, 256), rows)):
@@ -84,7 +86,7 @@ def test_losses_are_those_of_each_window_alone(long_corpus, tokenizer):
             for a, b in pairwise(cu):
                 here = hidden[(hidden >= a) & (hidden < b)]
                 logits = model(flat[None, a:b])[0, here - a]
-                losses.append(torch.nn.functional.cross_entropy(logits, truth[here], reduction="none"))
+                losses.append(F.cross_entropy(logits, truth[here], reduction="none"))
         assert row["loss"] == pytest.approx(torch.cat(losses).mean().item(), abs=2e-5)
 
 
@@ -97,7 +99,7 @@ def test_the_same_tokens_are_hidden_at_every_length(long_corpus, tokenizer):
         hidden.append([(text.index(i), int(flat[i])) for i in kwargs["masked_idx"].tolist()])
 
     model.register_forward_pre_hook(note, with_kwargs=True)
-    rows = evaluate(model, tokenizer, texts_of(long_corpus, 2), (32, 64, 256), torch.float32)
+    rows = evaluate(model, tokenizer, texts_of(long_corpus, 2), (32, 64, 256), FP32)
     assert hidden[0] == hidden[1] == hidden[2]
     assert hidden[3] == hidden[4] == hidden[5]
     assert [place for place, _ in hidden[0]] != [place for place, _ in hidden[3]]
@@ -106,7 +108,8 @@ def test_the_same_tokens_are_hidden_at_every_length(long_corpus, tokenizer):
 
 
 def test_positions_and_gains_add_up(long_corpus, tokenizer):
-    first, last = evaluate(model_of(tokenizer), tokenizer, texts_of(long_corpus), (32, 256), torch.float32)
+    texts = texts_of(long_corpus)
+    first, last = evaluate(model_of(tokenizer), tokenizer, texts, (32, 256), FP32)
     assert (first["gain"], first["gain_stderr"]) == (0, 0)
     assert last["gain"] == pytest.approx(first["loss"] - last["loss"], abs=2e-5)
     assert last["gain_stderr"] > 0
@@ -122,7 +125,7 @@ def test_positions_and_gains_add_up(long_corpus, tokenizer):
 
 
 def test_a_model_that_needs_far_context_gains_from_long_windows(tokenizer):
-    """Random ids repeated every 100 tokens can be known from a window of 256 and not from one of 64."""
+    """Random ids repeated every 100 tokens can be known from windows of 256, not of 64."""
 
     class Copies(torch.nn.Module):
         """Predicts what stands 100 places before, where that is in the window."""
@@ -139,7 +142,8 @@ def test_a_model_that_needs_far_context_gains_from_long_windows(tokenizer):
             return logits
 
     text = np.resize(np.random.default_rng(0).integers(10, 490, 100), 254)
-    short, long = evaluate(Copies(), tokenizer, [text.astype(np.uint16)] * 2, (64, 256), torch.float32)
+    texts = [text.astype(np.uint16)] * 2
+    short, long = evaluate(Copies(), tokenizer, texts, (64, 256), FP32)
     assert short["loss"] == pytest.approx(np.log(tokenizer.vocab_size), abs=1e-3)
     assert long["gain"] > 1
     by_position = {b["from"]: b["gain"] for b in long["by_position"]}
@@ -159,44 +163,42 @@ def test_documents_are_the_first_long_ones_or_joined_neighbours(long_corpus):
     n = int(lengths[0] + 5)  # one document is not enough, two are
     texts, available = long_documents(corpus, n, 100, join=True)
     assert np.array_equal(texts[0], np.concatenate([corpus[0], corpus[1]])[:n])
-    assert np.array_equal(texts[1][: lengths[2]], corpus[2][:n]), "the next text begins behind the first"
+    assert np.array_equal(texts[1][: lengths[2]], corpus[2][:n])  # the next begins behind
     assert len(texts) == available < len(lengths)
 
 
 def test_a_record_and_a_figure_are_written(checkpoint, long_corpus, tmp_path, capsys):
-    args = ["--data", str(long_corpus), "--lengths", "32", "128", "--split", "train", "--documents", "3"]
-    main([str(checkpoint), *args, "--out", str(tmp_path)])
-    record = json.loads((tmp_path / "long-context-checkpoint.json").read_text())
-    assert record["type"] == "long_context"
+    args = ["--data", str(long_corpus), "--lengths", "32", "128", "--split", "train"]
+    for out in (tmp_path, tmp_path / "again"):
+        main([str(checkpoint), *args, "--documents", "3", "--out", str(out)])
+    record, again = [json.loads((out / "long-context-checkpoint.json").read_text())
+                     for out in (tmp_path, tmp_path / "again")]
+    assert record["type"] == "long_context" and record["lengths"] == again["lengths"]
     assert (record["documents"], record["masked"]) == (3, 3 * round(0.15 * 126))
     assert [row["length"] for row in record["lengths"]] == [32, 128]
     assert re.search(r": \d+ texts of 126 tokens or more, 3 taken", capsys.readouterr().out)
     assert (tmp_path / "long-context-checkpoint.png").read_bytes().startswith(b"\x89PNG")
-    again = tmp_path / "again"
-    main([str(checkpoint), *args, "--out", str(again)])
-    assert json.loads((again / "long-context-checkpoint.json").read_text())["lengths"] == record["lengths"]
-    before = (again / "long-context-checkpoint.json").read_bytes()
-    with pytest.raises(SystemExit, match=r"holds another measurement \(documents 3 -> 2, .*; give another --out"):
-        main([str(checkpoint), *args[:-1], "2", "--out", str(again)])
-    assert (again / "long-context-checkpoint.json").read_bytes() == before
     draw([record, record | {"run": "another", "seq_len": 64}], tmp_path / "two.png")
 
 
-def test_bad_input_is_one_line_and_writes_nothing(checkpoint, long_corpus, corpus_dir, tokenizer, tmp_path):
-    learned = tmp_path / "learned"
+def test_bad_input_is_one_line_and_nothing_is_measured(
+        checkpoint, long_corpus, corpus_dir, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("studies.long_context.evaluate", None)
+    learned, gone = tmp_path / "learned", tmp_path / "gone"
     model_of(tokenizer, position="learned", max_positions=64).save_pretrained(learned)
     tokenizer.save(learned)
-    out = ["--out", str(tmp_path / "out")]
+    (tmp_path / "file").touch()
     for run, data, more, expected in (
-        (checkpoint, long_corpus, ["--lengths", "128", "99999"], r"no val document has 99,997 tokens \(the longest: "),
-        (learned, long_corpus, ["--lengths", "32", "65"], "learned has 64 learned positions; give --lengths up to"),
-        (checkpoint, corpus_dir, ["--lengths", "32"], "has another vocabulary than"),
-        (checkpoint, long_corpus, ["--lengths", "2"], "--lengths of 3 or more"),
-        (tmp_path / "gone", long_corpus, ["--lengths", "32"], "gone: no checkpoint here"),
-        (checkpoint, tmp_path / "gone", ["--lengths", "32"], "gone holds no meta.json"),
+        (checkpoint, long_corpus, "--lengths 128 99999", r"no val document has 99,997 tokens"),
+        (learned, long_corpus, "--lengths 32 65", "learned has 64 learned positions; give"),
+        (checkpoint, corpus_dir, "--lengths 32", "has another vocabulary than"),
+        (checkpoint, long_corpus, "--lengths 2", "--lengths of 3 or more"),
+        (gone, long_corpus, "--lengths 32", "gone: no checkpoint here"),
+        (checkpoint, gone, "--lengths 32", "gone holds no meta.json"),
+        (checkpoint, long_corpus, f"--lengths 32 --out {tmp_path / 'file' / 'out'}", "file/out"),
     ):
         with pytest.raises(SystemExit) as e:
-            main([str(run), "--data", str(data), *more, *out])
+            main([str(run), "--data", str(data), "--out", str(tmp_path / "out"), *more.split()])
         message = str(e.value)
         assert message.startswith("error: ") and "\n" not in message
         assert re.search(expected, message), message

@@ -260,11 +260,6 @@ def test_error_of_replicate_runs_is_over_runs_not_over_all_seeds():
     assert p.n_runs == 3
 
 
-def test_smoothing_keeps_a_constant_and_passes_over_nan():
-    assert plots.smooth(np.full(9, 2.0), 4) == pytest.approx(np.full(9, 2.0))
-    assert plots.smooth(np.array([1.0, math.nan, 3.0]), 3) == pytest.approx([1.0, 2.0, 3.0])
-
-
 def test_only_tasks_that_all_checkpoints_have_are_averaged(tmp_path, capsys):
     jobs = [glue_line(10, 0.6, "RTE"), glue_line(10, 0.2, "CoLA"), glue_line(20, 0.7, "RTE")]
     found = plots.checkpoints(load(make_run(tmp_path / "r", [], jobs)), [], "glue", "seconds")
@@ -427,8 +422,11 @@ def test_loss_is_drawn_as_it_was_logged_each_family_in_its_colour(two_runs, tmp_
     assert held_out[1].get_ydata()[0] == pytest.approx(3.1 + 6 * math.exp(-0.5))
     raw = [line for line in fig.axes[0].lines if line.get_linewidth() == 0.6]
     assert [len(line.get_xdata()) for line in raw] == [80] * 3
+    smooth = [line for line in fig.axes[0].lines if line.get_linewidth() == 1.5][1]
+    assert smooth.get_ydata()[40] == pytest.approx(raw[0].get_ydata()[40], abs=0.05)
     assert [t.get_text() for t in fig.legends[0].texts] == ["mosaic", "bert", "nano"]
-    many = [make_run(tmp_path / f"many{i}", [train_line(10)]) for i in range(31)]
+    many = [make_run(tmp_path / f"many{i}", [train_line(10), train_line(20, None)])
+            for i in range(31)]
     assert [t.get_text() for t in drawn(plots.loss, *many).legends[0].texts] == ["mosaic"]
 
 
@@ -447,6 +445,40 @@ def test_a_sweeps_records_draw_what_its_run_folders_would(tmp_path, drawn, capsy
     fig = drawn(plots.pareto, folder, metric="loss", x="dollars")
     (line,) = [line for line in fig.axes[0].lines if line.get_label() == "bert"]
     assert list(line.get_ydata()) == pytest.approx([6.9, 6.8])
+
+
+def test_blimp_is_read_from_beside_the_run_the_record_of_most_pairs(tmp_path, drawn):
+    runs = []
+    for family, level in (("mosaic", 0.6), ("bert", 0.5), ("nano", 0.7)):
+        runs.append(make_run(tmp_path / family, [train_line(10)], family=family))
+        lines = [train_line(step) | {"type": "blimp", "score": level + step / 1000 - few / 100,
+                                     "stderr": 0.01, "n_pairs": 67 * (20 if few else 1000)}
+                 for step in (20, 40) for few in (False, True)]
+        (tmp_path / family / "blimp.jsonl").write_bytes(as_lines(lines))
+    fig = drawn(plots.pareto, *runs, metric="blimp")
+    lines = {line.get_label(): line for line in fig.axes[0].lines}
+    assert list(lines["nano"].get_ydata()) == pytest.approx([72, 74])
+    assert list(lines["nano"].get_xdata()) == [10, 20]
+    assert [lines[f].get_color() for f in ("mosaic", "bert", "nano")] == plots.COLOURS[:3]
+    assert "Accuracy on BLiMP (%)" in texts_of(fig)
+    assert overlaps(fig) == ([], [])
+
+
+def test_names_are_text(tmp_path, drawn):
+    names = ["lr[1]", "lr1", "$1$ or $x^", "50%", "_a b", "läuft", "{x}", "a\\b", "2*"]
+    runs = [full_run(tmp_path / "runs" / name) for name in names]
+    for figure in (plots.pareto, plots.loss):
+        fig = drawn(figure, *runs)
+        shown = [text.get_text().strip() for text in fig.legends[0].texts]
+        assert shown[: len(names)] == sorted(names)
+    one = drawn(plots.loss, runs[0], str(tmp_path / "runs" / "lr[2-9]"), out="lr[1] $.png")
+    assert [t.get_text() for t in one.legends[0].texts] == ["mosaic"]
+    assert (tmp_path / "lr[1] $.png").is_file()
+    found, _ = records.find((str(tmp_path / "runs" / "lr[1]"), str(tmp_path / "runs" / "l*1")))
+    assert [path.name for path in found] == ["lr[1]", "lr1"]  # a pattern where no path is
+    sweep = make_sweep(tmp_path / "a [b] $c$", variants=("", "$x$"))
+    assert "$x$" in texts_of(drawn(plots.ablation, sweep))
+    assert "mosaic, $x$" in texts_of(drawn(plots.pareto, sweep))
 
 
 # ------------------------------------------------------------------------------------ ablation
@@ -536,18 +568,21 @@ def test_command_line_expands_patterns_and_mentions_what_it_left_out(two_runs, t
     ("pareto runs/free --x dollars", "try another --x"),
     ("pareto runs/a --metric loss --published", "GLUE's eight tasks"),
     ("pareto runs/a --out runs/a/log.jsonl/p.png", "log.jsonl"),
+    ("ablation runs/a --out runs/a/log.jsonl/p.png", "log.jsonl"),  # before anything is read
+    ("loss runs/a --out runs", "runs"),
     ("pareto runs/a --out p.txt", "--out p.txt: Format 'txt' is not supported"),
 ])
 def test_bad_input_is_one_line_and_writes_nothing(args, says, tmp_path):
     full_run(tmp_path / "runs" / "a")
     make_run(tmp_path / "runs" / "bare")
     make_run(tmp_path / "runs" / "free", [], [glue_line(10, 0.5, pretrain_dollars=0.0)])
-    before = sorted(tmp_path.rglob("*"))
+    files = lambda: sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    before = files()
     done = run_cli(*args.split(), cwd=tmp_path)
     errors = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
     assert done.returncode == 1 and len(errors) == 1, done.stderr
     assert re.match(r"error: ", errors[0]) and says in errors[0]
-    assert done.stdout == "" and sorted(tmp_path.rglob("*")) == before
+    assert done.stdout == "" and files() == before
 
 
 def test_needs_no_torch(two_runs, tmp_path):
