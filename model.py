@@ -86,20 +86,15 @@ class EncoderConfig:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
             if name.endswith("_dropout") and not 0.0 <= value < 1.0:
                 raise ValueError(f"{name} is {value}; it must be in [0, 1)")
+            if name in ("alibi_ratio", "rope_base", "norm_eps") and not 0 < value < float("inf"):
+                raise ValueError(f"{name} is {value}; it must be above 0")
             allowed = getattr(field.type, "__args__", None)
             if allowed and value not in allowed:
                 raise ValueError(f"{name} is {value!r}; choose from {', '.join(allowed)}")
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
         if self.attention_dropout and self.attention == "triton":
-            raise ValueError(
-                f"attention_dropout {self.attention_dropout} does not go with attention='triton', "
-                "which keeps no weights to drop: leave it at auto"
-            )
-        if not 0 < self.alibi_ratio < float("inf"):
-            raise ValueError(f"alibi_ratio is {self.alibi_ratio}; it must be above 0")
-        if not 1 < self.rope_base < float("inf"):
-            raise ValueError(f"rope_base is {self.rope_base}; it must be above 1")
+            raise ValueError("attention_dropout: Triton's kernel has none, leave attention at auto")
         if "rope" in self.position and (width := self.d_model // self.n_heads) % 2:
             raise ValueError(f"RoPE turns pairs of columns: {width} a head is odd")
 
@@ -145,9 +140,8 @@ def flops_per_token(cfg: EncoderConfig, s_eff: float, masked_share: float) -> fl
     """
     d, ff = cfg.d_model, cfg.d_ff
     per_layer = 4 * d * d + (2 if cfg.mlp == "gelu" else 3) * d * ff
-    attention = 12 * cfg.n_layers * d * s_eff
     head = 6 * masked_share * (d * d + d * cfg.padded_vocab_size)
-    return 6 * cfg.n_layers * per_layer + attention + head
+    return 6 * cfg.n_layers * per_layer + 12 * cfg.n_layers * d * s_eff + head
 
 
 # ----------------------------------------------------------------------------- layers
@@ -710,13 +704,9 @@ def _load_weights(model: Pretrained, weights: dict[str, Tensor], source: str) ->
         problem = str(e).splitlines()[-1].strip()
         raise ValueError(f"{source} does not fit this model; {problem}") from None
     needs_head = isinstance(model, MaskedLM)  # its head is part of what was pretrained
-    problems = [
-        f"{problem}: {', '.join(names[:4])}" + f" and {len(names) - 4} more" * (len(names) > 4)
-        for problem, names in (
-            ("missing", [k for k in missing if needs_head or not re.match(head, k)]),
-            ("unexpected", [k for k in unexpected if not re.match(head, k)]),
-        ) if names
-    ]
-    if problems:
-        raise ValueError(f"{source} does not fit this model; {'; '.join(problems)}")
+    lost = [k for k in missing if needs_head or not re.match(head, k)]
+    unknown = [k for k in unexpected if not re.match(head, k)]
+    if names := lost or unknown:
+        problem = f"{'missing' if lost else 'unexpected'}: {', '.join(names[:4])}"
+        raise ValueError(f"{source} does not fit this model; {problem} ({len(names)} in all)")
     model.new_keys = missing

