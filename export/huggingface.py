@@ -352,6 +352,7 @@ def export(cfg: Config) -> Path:
     config = read_json(checkpoint / "config.json", "give another checkpoint")
     # an export that transformers has fine-tuned keeps the old "head"; ours have no architectures
     kind = (config.get("architectures") or [config.get("head", "BertForMaskedLM")])[0]
+    kind = kind.replace("ForPreTraining", "ForMaskedLM")  # its next-sentence head is left out
     for head, (end, _) in HEADS.items():
         if kind in (head.__name__, f"Bert{end}", f"NanoMosaicBert{end}"):
             break

@@ -58,6 +58,10 @@ class NanoMosaicBertConfig(PretrainedConfig):
         super().__init__(**kwargs)
         self.pad_token_id, self.tie_word_embeddings = pad_token_id, tie_word_embeddings
 
+    def to_dict(self) -> dict:
+        """With transformers' names too: peft's prompt tuning looks for num_attention_heads here."""
+        return super().to_dict() | {name: getattr(self, name) for name in self.attribute_map}
+
 
 # ----------------------------------------------------------------------------- layers
 

@@ -367,23 +367,29 @@ def test_gradient_checkpointing_is_seen_and_changes_no_gradient(exported):
     assert_near(*grads)
 
 
-@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
-def test_a_lora_adapter_keeps_the_new_head(exported, tmp_path, task):
+@pytest.mark.parametrize(
+    ("task", "head", "kind"),
+    [
+        ("SEQ_CLS", "SequenceClassification", "LoraConfig"),
+        ("SEQ_CLS", "SequenceClassification", "PromptTuningConfig"),
+        ("TOKEN_CLS", "TokenClassification", "LoraConfig"),
+        ("QUESTION_ANS", "QuestionAnswering", "LoraConfig"),
+    ],
+)
+@torch.no_grad()
+def test_an_adapter_keeps_the_new_head(twins, tmp_path, task, head, kind):
     """The pooler too. No target_modules are given."""
     import peft
 
-    kinds = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification"}
-    auto = f"AutoModelFor{kinds.get(task, 'QuestionAnswering')}"
-    model = peft.get_peft_model(load(auto, exported), peft.LoraConfig(task_type=task))
-    randomized(model)  # stands for training
+    fresh = lambda: load(f"AutoModelFor{head}", twins[0])
+    more = dict(num_virtual_tokens=4) if kind == "PromptTuningConfig" else {}
+    model = peft.get_peft_model(fresh(), getattr(peft, kind)(task_type=task, **more))
+    for p in model.parameters():  # stands for training
+        if p.requires_grad:
+            p.add_(torch.randn_like(p))
     model.save_pretrained(tmp_path)
-    with torch.no_grad():
-        again = peft.PeftModel.from_pretrained(load(auto, exported), tmp_path).eval()
-        base = dict(model.named_parameters())
-        for name, p in again.named_parameters():  # what an adapter leaves out was not trained
-            if not re.search("lora|classifier|qa_outputs", name):
-                p.copy_(base[name])
-        assert_near(again(*batch()[:2])[0], model(*batch()[:2])[0])
+    again = peft.PeftModel.from_pretrained(fresh(), tmp_path)
+    assert_near(again.eval()(*batch()[:2])[0], model.eval()(*batch()[:2])[0])
 
 
 @pytest.mark.parametrize("multiple", [None, 8, 48])
@@ -561,16 +567,21 @@ def test_entity_markers_of_a_users_tokenizer_stay_whole(tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("flag", ["--onnx", "--bert"])
-def test_a_bare_bert_with_a_vocab_txt_is_exported(tmp_path, flag):
-    """As published sentence encoders are: BertModel, no tokenizer.json, cased by its settings."""
-    from transformers import BertConfig, BertModel, BertTokenizer
+@pytest.mark.parametrize(
+    ("kind", "flag"),
+    [("BertModel", "--onnx"), ("BertModel", "--bert"), ("BertForPreTraining", "--bert")],
+)
+def test_a_published_bert_with_a_vocab_txt_is_exported(tmp_path, kind, flag):
+    """As sentence encoders are: a bare model, no tokenizer.json, cased by its settings."""
+    import transformers
+    from transformers import BertConfig, BertTokenizer
 
     words = sorted(Tokenizer.load(wordpiece(tmp_path)).hf.get_vocab().items(), key=lambda x: x[1])
     source = tmp_path / "in"
     shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
-    theirs = randomized(BertModel(BertConfig(vocab_size=len(words), **shape)))
+    theirs = randomized(getattr(transformers, kind)(BertConfig(vocab_size=len(words), **shape)))
     theirs.save_pretrained(source)
+    theirs = getattr(theirs, "bert", theirs)
     (source / "vocab.txt").write_text("".join(f"{word}\n" for word, _ in words))
     (source / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     main([str(source), "--out", str(tmp_path / "bare"), flag])
