@@ -44,21 +44,14 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-from corpus.tokenizer import Tokenizer
 from glue.encode import Encoded, encode
 from glue.files import Data, Source, Split, load_data, locate, read_split
+from glue.starts import Start, find_starts
 from glue.table import append_record, identity, percent, table
 from glue.tasks import FROM_MNLI, OWN, PAIR, SANE, SEEDS, TASKS, Recipe, Task, evaluate
-from glue.words import read_words
 from kernels import attention_backend
 from machine import device_name, git_revision, pick_device, pick_dtype, read_command_line
-from model import (
-    SequenceClassifier,
-    TokenClassifier,
-    find_checkpoints,
-    find_folder,
-    weights_checksum,
-)
+from model import SequenceClassifier, TokenClassifier
 from records import read_jsonl, to_json, write_atomically
 
 
@@ -98,8 +91,6 @@ class Config:
 
 
 SAVE_EVERY = 60  # seconds of training that a kill may cost, and the rest of an epoch
-
-# ----------------------------------------------------------------------------- one fine-tuning
 
 
 def fine_tune(model: nn.Module, examples: Encoded, y: np.ndarray, recipe: Recipe, seed: int,
@@ -155,11 +146,10 @@ def fine_tune(model: nn.Module, examples: Encoded, y: np.ndarray, recipe: Recipe
 
 def save_state(path: Path, model: nn.Module, optimizer, history: list, seconds: float) -> None:
     """All that the next epoch depends on, written whole or not at all."""
-    random = [torch.get_rng_state()]
-    random += [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "history": history, "seconds": seconds, "random": random}, f"{path}.tmp")
+    on_cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history,
+             "seconds": seconds, "random": [torch.get_rng_state(), *on_cuda]}
+    torch.save(state, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
 
@@ -191,97 +181,25 @@ def predict(model: nn.Module, data: Encoded, dtype: torch.dtype) -> np.ndarray:
     return found
 
 
-# ----------------------------------------------------------------------------- where to start
+def build_model(start: Start, task: Task, dropout: float | None, seed: int) -> nn.Module:
+    """A classifier of texts or words on the start's weights; its last layer is new."""
+    n_labels = len(task.labels) or 1
+    torch.manual_seed(seed)
+    if start.foreign:
+        from glue.hf_encoder import HFClassifier
 
-
-@dataclass
-class Start:
-    """Weights to fine-tune from, and where the results go."""
-
-    folder: Path  # config.json and weights: its own, or those of its MNLI model
-    out: Path  # <run>/glue
-    run: str
-    checkpoint: str  # "ckpt/step_00000100", "random", or the name of a foreign folder
-    progress: dict[str, Any]  # what pretraining has cost, if it was ours
-    weights: str  # tells these weights from others that were there under the same name
-    tokenizer: Any  # a Tokenizer, or what transformers has for it
-    foreign: bool = False  # transformers runs the model
-    fresh: bool = False  # of the folder's weights only the shape is taken
-    after: str = ""  # identity of the job that makes its MNLI model
-
-    @property
-    def name(self) -> str:
-        return " ".join(dict.fromkeys([self.run, Path(self.checkpoint).name]))
-
-    @property
-    def mnli(self) -> Path:
-        """Where its MNLI model is kept."""
-        return self.out / "mnli" / Path(self.checkpoint).name
-
-    def model(self, task: Task, dropout: float | None, seed: int) -> nn.Module:
-        """A classifier of texts or words whose last layer is new."""
-        n_labels = len(task.labels) or 1
+        return HFClassifier(start.folder, n_labels, dropout, not start.fresh, task.words)
+    head = TokenClassifier if task.words else SequenceClassifier
+    kinds = ("embedding", "output", "mlp", "classifier") if dropout is not None else ()
+    overrides = {f"{kind}_dropout": dropout for kind in kinds}
+    model = head.from_pretrained(start.folder, n_labels=n_labels, **overrides)
+    if start.fresh:
         torch.manual_seed(seed)
-        if self.foreign:
-            from glue.hf_encoder import HFClassifier
-
-            return HFClassifier(self.folder, n_labels, dropout, not self.fresh, task.words)
-        kind = TokenClassifier if task.words else SequenceClassifier
-        kinds = ("embedding", "output", "mlp", "classifier") if dropout is not None else ()
-        overrides = {f"{kind}_dropout": dropout for kind in kinds}
-        model = kind.from_pretrained(self.folder, n_labels=n_labels, **overrides)
-        if self.fresh:
-            torch.manual_seed(seed)
-            return kind(model.cfg, n_labels)
-        if "classifier.weight" not in model.new_keys:  # its old classes mean nothing here
-            nn.init.normal_(model.classifier.weight, std=0.02)
-            nn.init.zeros_(model.classifier.bias)
-        return model
-
-
-def find_starts(cfg: Config) -> list[Start]:
-    """The starts asked for, each once. ValueError for a folder without any, for two starts of one
-    name, and for a tokenizer that does not fit."""
-    starts = {}
-    asked = [(name, False) for name in cfg.runs] + [(n, True) for n in cfg.hf.split(",") if n]
-    if not asked:
-        raise ValueError("give a run folder, or one with config.json and weights; see --help")
-    if cfg.hf:
-        from glue.hf_encoder import HFTokenizer  # transformers takes seconds to import
-    for given, foreign in asked:
-        folders = find_checkpoints(given) or [find_folder(given)]
-        for folder in folders if cfg.checkpoints == "all" else folders[-1:]:
-            real, file = folder.resolve(), folder / "progress.json"
-            ours = real.parent.name == "ckpt"
-            home = (folder if folder.parent.name == "ckpt" else real).parents[1] if ours else (
-                Path(given))
-            run = home.resolve().name + "-transformers" * foreign  # not our own BERT of them
-            if cfg.out or not home.is_dir():  # no folder: the weights are from the hub
-                home = Path(cfg.out or "runs", run)
-            tokenizer = HFTokenizer(folder) if foreign else Tokenizer.load(folder)
-            config = (folder / "config.json").read_bytes()
-            n = json.loads(config).get("vocab_size", 0)
-            # ours state the exact size, others may have rounded it up to a multiple of 128
-            if not tokenizer.vocab_size <= n < tokenizer.vocab_size + 128:
-                raise ValueError(f"{folder}: the model has {n} tokens, the tokenizer there "
-                                 f"{tokenizer.vocab_size}")
-            shape = zlib.crc32(config, zlib.crc32(tokenizer.vocabulary))
-            weights = f"{weights_checksum(folder, shape):08x}"
-            progress = json.loads(file.read_text()) if file.is_file() else {}
-            start = Start(folder, home / "glue", run, f"ckpt/{real.name}" if ours else run,
-                          progress, weights, tokenizer, foreign)
-            costs = dict.fromkeys(("step", "tokens", "train_seconds", "gpu_seconds", "dollars"), 0)
-            random = replace(start, checkpoint="random", progress=progress | costs,
-                             weights=f"{shape:08x}", fresh=True)  # which has cost nothing
-            for one in [start, random] if cfg.from_scratch else [start]:
-                if (twin := starts.get(one.name, one)).out.resolve() != one.out.resolve():
-                    raise ValueError(f"{twin.out.parent} and {one.out.parent} are both called "
-                                     f"{one.name}; rename one")
-                starts[one.name] = one
-    return list(starts.values())
-
-
-# ----------------------------------------------------------------------------- jobs
+        return head(model.cfg, n_labels)
+    if "classifier.weight" not in model.new_keys:  # its old classes mean nothing here
+        nn.init.normal_(model.classifier.weight, std=0.02)
+        nn.init.zeros_(model.classifier.bias)
+    return model
 
 
 @dataclass
@@ -327,11 +245,11 @@ def make_jobs(cfg: Config, starts: list[Start], data: dict[str, Data], about: di
     for d in data.values():
         to_predict |= {"*": d.devs["dev"]} if cfg.eval else {}
         if cfg.predict:
-            read = read_words if d.task.words else read_split
-            rows = read(Path(cfg.predict), d.task, labelled=False)
+            rows = read_split(Path(cfg.predict), d.task, labelled=False)
             to_predict[f"*_{Path(cfg.predict).stem}"] = rows
     for start in starts:
-        place, cost, mnli = Path(start.checkpoint).name, start.progress, start.mnli
+        place, cost = Path(start.checkpoint).name, start.progress
+        mnli = start.out / "mnli" / place
         after = made_by(mnli)  # an earlier call may have made one, of these very weights
         if cfg.no_mnli_start or json.loads(after or "{}").get("weights") != start.weights:
             after = ""
@@ -361,8 +279,9 @@ def make_jobs(cfg: Config, starts: list[Start], data: dict[str, Data], about: di
                 if name == "MNLI" and seed == seeds[0] and not cfg.no_mnli_start:
                     job.keep, after = mnli, identity(record)
                 jobs.append(job)
-    return sorted(jobs, key=lambda job: (job.start.after != "", job.keep != job.start.mnli,
-                                         -job.record["n_train"] * job.recipe.epochs))
+    return sorted(jobs, key=lambda job: (
+        job.start.after != "", not job.keep or job.keep.parent.name != "mnli",
+        -job.record["n_train"] * job.recipe.epochs))
 
 
 def run_job(job: Job, cfg: Config, device: torch.device, dtype: torch.dtype, alone: bool) -> None:
@@ -373,7 +292,7 @@ def run_job(job: Job, cfg: Config, device: torch.device, dtype: torch.dtype, alo
         if alone:
             raise ValueError(f"{start.folder} was replaced by another command; repeat this one")
         time.sleep(1)
-    model = start.model(task, cfg.dropout, seed).to(device)
+    model = build_model(start, task, cfg.dropout, seed).to(device)
     if cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda"):
         # Once for all jobs of a process, whose first has it in its seconds. Two graphs for each
         # shape of encoder and number of classes: after the default of 8 it would run eagerly.
@@ -435,14 +354,13 @@ def write_predictions(path: Path, task: Task, rows: Split, answers: np.ndarray) 
     """index <tab> prediction, a label's name or a number to six digits; of words CoNLL's form, a
     word <tab> its label and an empty line after each sentence."""
     names = [f"{value:.6g}" if task.regression else task.labels[value] for value in answers]
+    lines = ["index\tprediction", *(f"{i}\t{name}" for i, name in enumerate(names))]
     if rows.words:
         left = iter(names)
-        text = "".join("".join(f"{' '.join(word.split())}\t{next(left)}\n" for word in words) + "\n"
-                       for words in rows.words)
-    else:
-        text = "index\tprediction\n" + "".join(f"{i}\t{name}\n" for i, name in enumerate(names))
+        lines = [line for words in rows.words
+                 for line in (*(f"{' '.join(word.split())}\t{next(left)}" for word in words), "")]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text.encode())
+    write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
 
 
 def pick_tasks(cfg: Config) -> dict[Task, dict[str, Source]]:
@@ -462,7 +380,8 @@ def pick_tasks(cfg: Config) -> dict[Task, dict[str, Source]]:
     name = cfg.task_name or (train.resolve().parent.name if train.stem == "train" else train.stem)
     if name in (*TASKS, "", "loss", "accuracy") or set(name) & set(",*/\\"):
         raise ValueError(f"{name!r} cannot name a task of your own: give another --task_name")
-    columns = (tuple(cfg.text_columns.split(",")),) if cfg.text_columns else (PAIR, ("sentence",))
+    columns = (PAIR, ("sentence",), *[("words",)] * (not cfg.regression))
+    columns = (tuple(cfg.text_columns.split(",")),) if cfg.text_columns else columns
     metrics = ("spearman",) if cfg.regression else ("accuracy",)
     labels = (cfg.label_column,) if cfg.label_column else ("label", "labels")
     task = Task(name, OWN, columns, labels, metrics=metrics)

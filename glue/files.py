@@ -1,4 +1,5 @@
-"""Reads labelled files: GLUE's official .tsv, the hub's parquet, and files of one's own.
+"""Reads labelled files: GLUE's official .tsv, the hub's parquet, and files of one's own, in which
+texts have labels, or words (names, parts of speech).
 
 The official files have no quoting (a quote is a character), CoLA's have no header, QQP's has broken
 rows, and the names of columns differ from the hub's; TASKS of glue/tasks.py knows the names.
@@ -8,8 +9,9 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from glue.tasks import Task, evaluate
 
 Source = Path | str  # a file, or "nyu-mll/glue rte validation" of the hub
 COLA_HEADER = ["source", "label", "mark", "sentence"]  # its train and dev files have none
+CONLLU = ["id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc"]
 
 
 @dataclass
@@ -29,6 +32,7 @@ class Split:
     texts: list[list[str]]  # one or two columns of n strings
     labels: list[Any]  # n raw values, of words a list for each row; empty when there are none
     lines: list[int]  # n line numbers
+    form: str = ""  # "tsv", "CoNLL-U" ...
     words: list[list[str]] = field(default_factory=list)  # n sentences, if words have the labels
     broken: list[int] = field(default_factory=list)  # lines left out: no text or no label
     encoded: dict = field(default_factory=dict)  # what tokenizers have made of it
@@ -75,9 +79,9 @@ def locate(glue_dir: str, task: Task) -> dict[str, Source]:
     return sources
 
 
-def read_table(source: Source, header: list[str] | None = None) -> tuple[list[str], Iterator]:
-    """Column names, and (line number, values) of each row, of a .tsv, .jsonl or .parquet file or a
-    hub split. header: names for a .tsv without a header line. ValueError for what is damaged."""
+def read_table(source: Source, task: Task, labelled: bool) -> tuple[str, list[str], Iterable]:
+    """What a file is, its column names, and (line number, values) of each row: of a .jsonl or
+    .parquet file, a hub split, CoNLL or CoNLL-U, else .tsv. ValueError for what is damaged."""
     if isinstance(source, str) or source.suffix == ".parquet":
         try:
             if isinstance(source, str):
@@ -92,63 +96,103 @@ def read_table(source: Source, header: list[str] | None = None) -> tuple[list[st
         except Exception as e:  # the hub's client raises a dozen kinds
             where = " from the Hugging Face Hub (give --glue_dir)" * isinstance(source, str)
             raise ValueError(f"{source} cannot be read{where}: {type(e).__name__}") from None
-        return list(columns), enumerate(zip(*columns.values()), 1)
-    lines = read_lines(source)
-    if source.suffix != ".jsonl":
-        names = header or lines.pop(0)[1].split("\t")
-        return names, ((n, line.split("\t")) for n, line in lines)
-    rows = []
-    for n, line in lines:
-        try:
-            rows.append((n, {**json.loads(line)}))
-        except (ValueError, TypeError):
-            raise ValueError(f"{source}:{n}: not a JSON object") from None
-    names = list(rows[0][1])
-    return names, ((n, [row.get(name) for name in names]) for n, row in rows)
-
-
-def read_lines(source: Path) -> list[tuple[int, str]]:
-    """The numbered lines of a text file."""
+        return "parquet", list(columns), enumerate(zip(*columns.values()), 1)
     try:  # utf-8-sig: MRPC's original files begin with a byte order mark
         text = source.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").rstrip("\n")
     except UnicodeDecodeError as e:
         raise ValueError(f"{source} is not UTF-8 text (byte {e.start})") from None
-    return list(enumerate(text.split("\n"), 1))  # a lone \r inside a text ends no line
+    lines = list(enumerate(text.split("\n"), 1))  # a lone \r inside a text ends no line
+    if source.suffix == ".jsonl":
+        rows = []
+        for n, line in lines:
+            try:
+                rows.append((n, {**json.loads(line)}))
+            except (ValueError, TypeError):
+                raise ValueError(f"{source}:{n}: not a JSON object") from None
+        names = list(rows[0][1])
+        return "rows", names, ((n, [row.get(name) for name in names]) for n, row in rows)
+    if not task.sizes and (found := read_conll(source, lines, task, labelled)):
+        return found[0], ["words", task.label_columns[0]], found[1]
+    bare = task.name == "CoLA" and labelled
+    names = COLA_HEADER if bare else lines.pop(0)[1].split("\t")
+    return "tsv", names, ((n, line.split("\t")) for n, line in lines)
+
+
+def read_conll(source: Path, lines: list[tuple[int, str]], task: Task, labelled: bool):
+    """Form, and (line number, (words, labels)) of each sentence, of CoNLL (a word and its label a
+    line, an empty line after each sentence) or CoNLL-U; None for other content."""
+    blocks = [[(n, line.split("\t") if "\t" in line else line.split()) for n, line in block]
+              for full, block in groupby(lines, lambda line: bool(line[1].strip())) if full]
+    first = next((row for block in blocks for _, row in block if row[0][:1] != "#"), [""])
+    if len(first) == len(CONLLU) and first[0][:1].isdigit():
+        form, column, word, label = "CoNLL-U", task.label_columns[0], 1, 0
+        if labelled and column not in CONLLU:
+            raise ValueError(f"{source} is CoNLL-U: say which of its columns, e.g. --column upos")
+        label = CONLLU.index(column) if labelled else word
+        # no words are: comments, 1-2 (words written as one), 8.1 (a word that is not written)
+        blocks = [[row for row in block if row[1][0].isdigit()] for block in blocks]
+    elif task.words or (len(blocks) > 1 and len(first) > 1):
+        form, word, label = "CoNLL", 0, -1
+        blocks = [block for block in blocks if block[0][1][0] != "-DOCSTART-"]
+    else:
+        return None
+    least = len(CONLLU) if form == "CoNLL-U" else 1 + labelled
+    if short := [n for block in blocks for n, row in block if len(row) < least]:
+        raise ValueError(f"{source}:{short[0]}: this line lacks a word or its label")
+    return form, [(block[0][0], [[row[i] for _, row in block] for i in (word, label)])
+                  for block in blocks if block]
 
 
 def read_split(source: Source, task: Task, labelled: bool = True) -> Split:
-    """Texts and raw labels of one file. Rows that lack a text or a label are counted and left out
-    of a GLUE file (the official QQP has some), and are an error in one's own and in rows to
-    predict, which must all be answered. ValueError names file, line and column."""
-    where, bare = str(source), task.name == "CoLA" and labelled and str(source).endswith(".tsv")
-    names, rows = read_table(source, COLA_HEADER if bare else None)
+    """Texts, or words, and raw labels of one file. Rows that lack a text or a label are counted and
+    left out of a GLUE file (the official QQP has some), and are an error in one's own and in rows
+    to predict, which must all be answered. ValueError names file, line and column."""
+    form, names, rows = read_table(source, task, labelled)
     texts = next((c for c in task.columns if set(c) <= set(names)), ())
     label = next(([c] for c in task.label_columns if c in names), []) if labelled else []
     if not texts or (labelled and not label):
         wanted = " or ".join(task.label_columns if texts else map("+".join, task.columns))
         found = ", ".join(map(str, names[:12]))
-        raise ValueError(f"{where}: no column {wanted}; its columns are {found}")
+        raise ValueError(f"{source}: no column {wanted}; its columns are {found}")
     at = [names.index(c) for c in (*texts, *label)]
-    split = Split(where, [[] for _ in texts], [], [])
+    split = Split(str(source), [[] for _ in texts], [], [], form=form)
     for line, row in rows:
-        values = [row[i] if i < len(row) else None for i in at]
-        if odd := [v for v in values if v is not None and not is_text(v)]:
-            raise ValueError(f"{where}:{line}: {odd[0]!r:.60} is neither a text nor a label")
-        if len(row) > len(names) and not task.sizes:
-            raise ValueError(f"{where}:{line}: {len(row)} columns, the header has {len(names)}; "
-                             "a tab inside a text?")
-        if None not in values and not (label and not str(values[-1]).strip()):
-            for column, text in zip(split.texts, values):
-                column.append(str(text))
-            split.labels += values[len(texts) :]
-            split.lines.append(line)
-        elif task.sizes and labelled:
-            split.broken.append(line)
-        else:
-            raise ValueError(f"{where}:{line}: this row lacks a text{' or its label' * labelled}")
+        values, problem = [row[i] if i < len(row) else None for i in at], ""
+        if texts == ("words",):
+            if not (problem := problem_of_words(*values)):
+                split.words.append(list(map(str, values[0])))
+                values[0] = " ".join(split.words[-1])
+        elif odd := [v for v in values if v is not None and not is_text(v)]:
+            problem = f"{odd[0]!r:.60} is neither a text nor a label"
+        elif len(row) > len(names) and not task.sizes:
+            problem = f"{len(row)} columns, the header has {len(names)}; a tab inside a text?"
+        elif None in values or (label and not str(values[-1]).strip()):
+            if task.sizes and labelled:
+                split.broken.append(line)
+                continue
+            problem = f"this row lacks a text{' or its label' * labelled}"
+        if problem:
+            raise ValueError(f"{source}:{line}: {problem}")
+        for column, text in zip(split.texts, values):
+            column.append(str(text))
+        split.labels += values[len(texts) :]
+        split.lines.append(line)
     if not split.lines:
-        raise ValueError(f"{where}: not one row with a text{' and a label' * labelled}")
+        raise ValueError(f"{source}: not one row with a text{' and a label' * labelled}")
     return split
+
+
+def problem_of_words(words: list, *labels: list) -> str:
+    """What is wrong with a sentence of words and their labels, "" if nothing is."""
+    for what, values in zip(("words", "labels"), (words, *labels)):
+        if not isinstance(values, list):
+            return f"{what}: {values!r:.60} is no list"
+        if odd := [v for v in values if not is_text(v) or not str(v).strip()]:
+            return f"{odd[0]!r} among the {what}"
+    if not words:
+        return "an empty sentence"
+    n = [len(values) for values in (words, *labels)]
+    return f"{n[0]} words, {n[1]} labels" if n[0] != n[-1] else ""
 
 
 def is_text(value: object) -> bool:
@@ -203,14 +247,12 @@ def listed(labels: tuple[str, ...]) -> str:
 def load_data(task: Task, sources: dict[str, Source]) -> Data:
     """Read "train" and the dev splits of a task and check them. ValueError (one line) for what
     cannot be used; what can be used but should be known is in Data.notes."""
-    from glue.words import kind_of_words, read_words  # which is built on this file
-
-    kind = "" if task.sizes or task.regression else kind_of_words(sources["train"])
-    read = read_words if kind else read_split
-    splits = {name: read(source, task) for name, source in sources.items()}
+    splits = {"train": read_split(sources["train"], task)}
+    task = replace(task, words=bool(splits["train"].words))
+    splits |= {name: read_split(sources[name], task) for name in sources if name != "train"}
     if not task.sizes and not task.regression:
-        task = replace(task, labels=find_labels(splits["train"]), words=kind != "")
-        if kind and all(re.fullmatch(r"O|[BIESLU]-.+", label) for label in task.labels):
+        task = replace(task, labels=find_labels(splits["train"]))
+        if task.words and all(re.fullmatch(r"O|[BIESLU]-.+", label) for label in task.labels):
             task = replace(task, metrics=("entity_f1",))
     y, majority = {name: to_numbers(split, task) for name, split in splits.items()}, 0.0
     if not task.regression:
@@ -227,8 +269,9 @@ def load_data(task: Task, sources: dict[str, Source]) -> Data:
         notes[0] += ": a subset, not the official task's " + ", ".join(f"{n:,}" for n in task.sizes)
     elif task.labels:
         notes[0] += f", {len(task.labels)} classes: {listed(task.labels)}"
-    if kind:
-        notes[0] += f"; {kind}, a label for each word, metric {task.metrics[0]}"
+    if task.words:
+        form = splits["train"].form
+        notes[0] += f"; {form} with a label for each word, metric {task.metrics[0]}"
     for split in splits.values():
         digest = split.digest(digest)
         if split.broken:

@@ -13,18 +13,13 @@ from torch import Tensor, nn
 from corpus.tokenizer import valid_unicode
 
 try:
-    from transformers import (
-        AutoConfig,
-        AutoModelForSequenceClassification,
-        AutoModelForTokenClassification,
-        AutoTokenizer,
-    )
-    from transformers.utils import logging
+    import transformers as hf
 except ImportError as e:
     raise SystemExit(f"error: --hf: {e}; pip install -r requirements-dev.txt") from None
 
-logging.set_verbosity_error()  # it reports every new classifier in ten lines
-logging.disable_progress_bar()
+hf.utils.logging.set_verbosity_error()  # it reports every new classifier in ten lines
+hf.utils.logging.disable_progress_bar()
+
 
 class HFClassifier(nn.Module):
     """Any transformers encoder behind the flat call of SequenceClassifier, or of TokenClassifier.
@@ -38,8 +33,9 @@ class HFClassifier(nn.Module):
                  words=False):
         super().__init__()
         self.words = words
-        auto = AutoModelForTokenClassification if words else AutoModelForSequenceClassification
-        config = AutoConfig.from_pretrained(path, num_labels=n_labels)
+        kind = "Token" if words else "Sequence"
+        auto = getattr(hf, f"AutoModelFor{kind}Classification")
+        config = hf.AutoConfig.from_pretrained(path, num_labels=n_labels)
         # of embeddings, layers and classifier: each kind of encoder has its own names for them
         for name in config.to_dict() if dropout is not None else ():
             if "dropout" in name and "attention" not in name:
@@ -88,7 +84,7 @@ class HFTokenizer:
     """What encode() needs of a transformers tokenizer. ValueError without a start or end token."""
 
     def __init__(self, path: Path):
-        self.hf = AutoTokenizer.from_pretrained(path)
+        self.hf = hf.AutoTokenizer.from_pretrained(path)
         self.cls_id, self.sep_id = self.hf.cls_token_id, self.hf.sep_token_id
         self.unk_id = self.hf.unk_token_id
         self.vocab_size = max(self.hf.get_vocab().values()) + 1

@@ -73,9 +73,18 @@ TASKS = {task.name: task for task in (
 FROM_MNLI = ("RTE", "MRPC", "STS-B")  # small, and better started from the model tuned on MNLI
 
 
-def metric(name: str, y: np.ndarray, predicted: np.ndarray) -> float:
-    """accuracy, f1 (of class 1), matthews, pearson or spearman. What is constant correlates with
-    nothing: 0."""
+def metric(name: str, y: np.ndarray, predicted: np.ndarray, labels: tuple[str, ...] = (),
+           lengths: list[int] | None = None) -> float:
+    """accuracy, f1 (of class 1), matthews, pearson, spearman (what is constant correlates with
+    nothing: 0), or entity_f1: of whole names (all their words, and their kind), as CoNLL-2003
+    counts them, in sentences of `lengths` words."""
+    if name == "entity_f1":
+        from seqeval.metrics import f1_score as f1_of_entities
+
+        sides = [np.split(np.array(labels)[side], np.cumsum(lengths)[:-1])
+                 for side in (y, predicted)]
+        return float(f1_of_entities(*([part.tolist() for part in side] for side in sides),
+                                    zero_division=0))
     if name == "accuracy":
         return float(accuracy_score(y, predicted))
     if name == "f1":
@@ -87,26 +96,13 @@ def metric(name: str, y: np.ndarray, predicted: np.ndarray) -> float:
     return float({"pearson": pearsonr, "spearman": spearmanr}[name](y, predicted).statistic)
 
 
-def entity_f1(names: tuple[str, ...], lengths: list[int], *sides: np.ndarray) -> float:
-    """F1 of whole entities (all their words, and their type), as CoNLL's. sides: true and predicted
-    labels (n,) of all words; lengths: words of each sentence."""
-    from seqeval.metrics import f1_score
-
-    cuts = np.cumsum(lengths)[:-1]
-    return float(f1_score(*([part.tolist() for part in np.split(np.array(names)[side], cuts)]
-                            for side in sides), zero_division=0))
-
-
 def evaluate(task: Task, y: dict[str, np.ndarray], predicted: dict[str, np.ndarray],
-             lengths: dict[str, list[int]] | None = None) -> dict[str, float]:
+             lengths: dict[str, list[int]]) -> dict[str, float]:
     """Metrics by name (MNLI: accuracy_m and accuracy_mm; regression: pearson beside spearman), and
     "score": the mean of those in task.metrics, as upstream. y, predicted: (n,) for each dev;
-    lengths: words of each sentence, for entities."""
-    if task.metrics == ("entity_f1",):
-        f1 = entity_f1(task.labels, lengths["dev"], y["dev"], predicted["dev"])
-        return {"score": f1, "entity_f1": f1}
+    lengths: labels in each of its rows."""
     suffix = {"dev_matched": "_m", "dev_mismatched": "_mm"}
-    metrics = {m + suffix.get(dev, ""): metric(m, y[dev], p)
+    metrics = {m + suffix.get(dev, ""): metric(m, y[dev], p, task.labels, lengths[dev])
                for dev, p in predicted.items() for m in task.metrics}
     score = float(np.mean(list(metrics.values())))
     if task.regression:

@@ -19,13 +19,13 @@ from scipy.stats import ttest_ind
 
 import finetune_glue
 from corpus.tokenizer import Tokenizer
-from finetune_glue import find_checkpoints, fine_tune, main, predict
+from finetune_glue import build_model, fine_tune, main, predict
 from glue.encode import Encoded, encode
 from glue.files import Split, load_data, locate, read_split, to_numbers
+from glue.starts import Start
 from glue.table import table
 from glue.tasks import FROM_MNLI, OWN, TASKS, Recipe, Task, evaluate, metric
-from glue.words import read_words
-from model import EncoderConfig, MaskedLM, SequenceClassifier
+from model import EncoderConfig, MaskedLM, SequenceClassifier, find_checkpoints
 from records import read_jsonl
 
 REPO = Path(__file__).parents[1]
@@ -278,7 +278,7 @@ def test_mnli_matched_and_mismatched_keep_their_names():
     y = {s: np.array([0, 1, 2, 0]) for s in TASKS["MNLI"].devs}
     answers = {"dev_matched": np.array([0, 1, 2, 0]), "dev_mismatched": np.zeros(4, int)}
     expected = {"score": 0.75, "accuracy_m": 1.0, "accuracy_mm": 0.5}
-    assert evaluate(TASKS["MNLI"], y, answers) == expected
+    assert evaluate(TASKS["MNLI"], y, answers, dict.fromkeys(y)) == expected
 
 
 def test_constant_answers_score_zero_without_a_warning():
@@ -556,14 +556,14 @@ def test_epochs_are_shuffled_anew_with_dropout_and_evaluated_without():
 def test_model_heeds_seed_and_dropout(tmp_path):
     cfg = EncoderConfig(vocab_size=64, n_layers=1, n_heads=2, d_model=16, d_ff=16)
     MaskedLM(cfg).save_pretrained(tmp_path)
-    start = finetune_glue.Start(tmp_path, tmp_path, "r", "r", {}, "", None)
-    a, b, again = (start.model(TASKS["RTE"], 0.25, seed) for seed in (1, 2, 1))
+    start = Start(tmp_path, tmp_path, "r", "r", {}, "", "", None)
+    a, b, again = (build_model(start, TASKS["RTE"], 0.25, seed) for seed in (1, 2, 1))
     assert torch.equal(a.classifier.weight, again.classifier.weight)
     assert not torch.equal(a.classifier.weight, b.classifier.weight)
     kinds = {"embedding", "output", "mlp", "classifier"}
     assert {getattr(a.cfg, f"{k}_dropout") for k in kinds} == {0.25}
     a.save_pretrained(tmp_path / "tuned")  # a classifier of other classes, of the same number
-    tuned = replace(start, folder=tmp_path / "tuned").model(TASKS["RTE"], 0.25, 1)
+    tuned = build_model(replace(start, folder=tmp_path / "tuned"), TASKS["RTE"], 0.25, 1)
     assert not torch.equal(a.classifier.weight, tuned.classifier.weight)
     assert torch.equal(a.pooler.weight, tuned.pooler.weight)
 
@@ -734,7 +734,7 @@ def write_words(path: Path, rows: list, labelled: bool = True) -> Path:
 
 
 def words_task(**changes) -> Task:
-    return Task("pos", OWN, (), ("label", "labels"), **changes)
+    return Task("pos", OWN, (("words",),), ("label", "labels"), **changes)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".conllu", ".txt"])
@@ -746,9 +746,9 @@ def test_words_are_read_alike_from_every_form_and_it_is_said(suffix, tmp_path):
     assert data.train.words == [words for words, _ in rows]
     assert data.task.labels == ("DET", "NOUN", "X")
     assert [data.task.labels[i] for i in data.y["dev"]] == [y for _, ys in rows for y in ys]
-    form = {".jsonl": "words", ".conllu": "CoNLL-U", ".txt": "CoNLL"}[suffix]
+    form = {".jsonl": "rows", ".conllu": "CoNLL-U", ".txt": "CoNLL"}[suffix]
     assert data.notes == ["pos: train 30, dev 30, 3 classes: DET, NOUN, X; "
-                          f"{form}, a label for each word, metric accuracy"]
+                          f"{form} with a label for each word, metric accuracy"]
 
 
 @pytest.mark.skipif(not (DATA / "ud_ewt").is_dir(), reason="the treebank is not in this clone")
@@ -822,7 +822,7 @@ def test_words_are_tagged_predicted_cut_and_exported(run, tmp_path, capsys):
     assert "gained over random weights" in out
     assert found[0]["score"] > 0.8
     folder, name = run / "glue/predictions", "pos_step_00000010_seed5"
-    read = [read_words(folder / f"{name}{end}.conll", words_task()) for end in ("", "_new")]
+    read = [read_split(folder / f"{name}{end}.conll", words_task()) for end in ("", "_new")]
     for split, rows in zip(read, (tagged(120, 1), tagged(9, 5))):
         assert split.words == [words for words, _ in rows]  # one label for each word
     true, predicted = ([label for row in rows for label in row]
