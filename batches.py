@@ -49,7 +49,7 @@ class Batch:
 
     input_ids: Tensor  # (T,) int64
     cu_seqlens: Tensor  # (B+1,) int32
-    special: Tensor  # (T,) bool: [CLS] and [SEP], never masked
+    special: Tensor  # (T,) bool: [CLS], [SEP] and markers, never masked
     n_documents: int
 
 
@@ -161,6 +161,8 @@ class Batches:
             ids[b - 1] = self.tokenizer.sep_id
             ids[a] = self.tokenizer.cls_id
         special[cu[:-1]] = special[cu[1:] - 1] = True
+        if self.tokenizer.markers:
+            special |= np.isin(ids, self.tokenizer.markers)
         return Batch(*map(torch.from_numpy, (ids, cu, special)), len(document))
 
     def epoch_tokens(self) -> int:
@@ -210,7 +212,8 @@ def mask_tokens(batch: Batch, tokenizer: Tokenizer, n_masked: int, corruption: s
     if corruption == "80/10/10":
         bits = random_bits(seed, 2 * m + 1, len(ids), device)[masked_idx]
         names = "pad", "unk", "cls", "sep", "mask"
-        specials = sorted({getattr(tokenizer, f"{name}_id") for name in names})
+        specials = {getattr(tokenizer, f"{name}_id") for name in names}
+        specials = sorted(specials.union(tokenizer.markers))
         other = (bits >> 8) % (tokenizer.vocab_size - len(specials))
         for s in specials:  # count past the special ids
             other = other + (other >= s)

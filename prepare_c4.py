@@ -2,16 +2,16 @@
 
     python prepare_c4.py docstrings --vocab_size 8192            # offline: the installed packages
     python prepare_c4.py corpus.jsonl.gz --out data/mine         # a file, a folder or a "glob*" of
-                                                                 #   .jsonl .txt (.gz .zst) .parquet
+                                                                 #   .jsonl .txt (.gz ...) .parquet
     python prepare_c4.py c4 --max_docs 10000                     # streams allenai/c4 from the hub
     python prepare_c4.py hub:HuggingFaceFW/fineweb:sample-10BT   # any other: hub:owner/name:config
 
 The docstrings take about 15 seconds on two cores and give some 11 MB. Encoding runs at 20 to
 30 MB/s per core; before it the tokenizer is trained at about 5 MB/s. The folder receives the
 tokenizer, the shards (corpus/shards.py has their format) and, last, meta.json. Killed at any
-moment, the same command continues and ends with the same bytes. A .txt holds one document per block
-of lines between blank lines. Held-out documents are chosen by a hash of their text, so copies of a
-document never end up on both sides. `python -m corpus.inspect FOLDER` shows what a folder holds.
+moment, the same command continues and ends with the same bytes. Held-out documents are chosen by a
+hash of their text, so copies of a document never end up on both sides. `python -m corpus.inspect
+FOLDER` shows what a folder holds.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -60,6 +61,8 @@ class Config:
     task_examples: int = 0  # training examples of a word-order task from more held-out text
     shard_tokens: int = 100_000_000  # tokens per shard, about
     text_key: str = "text"  # key (JSON) or column (parquet, hub) that holds the text
+    # what is a document of a .txt; paragraph: the lines between two blank lines
+    text_unit: Literal["paragraph", "line", "file"] = "paragraph"
     skip_bad: bool = False  # count unusable lines and damaged files instead of stopping at one
     workers: int = 0  # processes; 0 = one per core; does not change the result
 
@@ -69,7 +72,7 @@ def documents(item: tuple, cfg: Config, skipped: Counter | None = None) -> Itera
     """Stripped, valid, non-empty documents of one item, always in the same order. Bad records
     raise, or are counted with --skip_bad."""
     skipped = Counter(bad=3) if skipped is None else skipped  # nobody counts: report nothing
-    for text in item_documents(item, cfg.text_key):
+    for text in item_documents(item, cfg.text_key, cfg.text_unit):
         if isinstance(text, BadInput):
             if not cfg.skip_bad:
                 raise BadInput(f"{text}; fix it or pass --skip_bad")
@@ -116,8 +119,8 @@ def choose_cuts(items: list[tuple], cfg: Config, own_validation: bool) -> tuple[
             if not cfg.task_examples:
                 break
     if len(keys) < 2:
-        raise BadInput(f"the corpus {cfg.source} has {len(keys)} different documents"
-                       + " within --max_docs" * bool(cfg.max_docs) + "; at least 2 are needed")
+        raise BadInput(f"the corpus {cfg.source} has {len(keys)} different documents, at least 2 "
+                       f"are needed; see --max_docs, and for a .txt --text_unit {cfg.text_unit}")
     few = sorted(keys)[min(8, len(keys) // 4)]  # a small corpus also gets up to eight of them
     val = 0 if own_validation else max(int(cfg.val_fraction * 2**63), few, min(keys) + 1)
     # about one passage in 400 characters becomes an example (measured on docstrings and C4)
@@ -250,7 +253,7 @@ def encode_all(cfg: Config, own: list[tuple], items: list[tuple], cuts: tuple[in
                 raise
 
 
-def assemble(cfg: Config, settings: dict) -> dict:
+def assemble(cfg: Config, settings: dict, left_out: tuple[str, ...]) -> dict:
     """Turn the finished parts into numbered shards, the task and, last, meta.json. A kill in
     between is fine: every step either was done or is done again."""
     out = Path(cfg.out)
@@ -274,6 +277,9 @@ def assemble(cfg: Config, settings: dict) -> dict:
                        "--val_fraction or use a larger corpus")
     tokenizer = Tokenizer.load(out)
     skipped = sum((Counter(r["skipped"]) for r in records.values()), Counter())
+    if left_out:
+        names = ", ".join(map(os.path.basename, left_out[:5])) + ", ..." * (len(left_out) > 5)
+        skipped[f"files of other kinds: {names}"] = len(left_out)
     files = {name: hashlib.sha256((out / name).read_bytes()).hexdigest()
              for name in (tokenizer.file_name(tokenizer.meta["kind"]), "tokenizer.meta.json")}
     meta = {"format": FORMAT, "source": cfg.source, "settings": settings,
@@ -330,7 +336,7 @@ def prepare(cfg: Config) -> dict:
     cfg = dataclasses.replace(cfg, out=cfg.out or f"data/{name or 'corpus'}")
     if not 0 < cfg.val_fraction < 1 or cfg.shard_tokens <= 0:
         raise BadInput("--val_fraction must lie between 0 and 1, --shard_tokens must be positive")
-    items, own, identity = find_items(cfg.source)
+    items, own, identity, left_out = find_items(cfg.source)
     given = Tokenizer.load(cfg.tokenizer) if cfg.tokenizer else None
     # what the written bytes depend on; where the corpus and the tokenizer lie is no part of it
     settings = dataclasses.asdict(cfg) | {
@@ -359,7 +365,7 @@ def prepare(cfg: Config) -> dict:
             for leftover in out.rglob("*.tmp"):
                 leftover.unlink()
             encode_all(cfg, own, items, state["cuts"])
-            state = assemble(cfg, settings)
+            state = assemble(cfg, settings, left_out)
         shutil.rmtree(out / PARTS, ignore_errors=True)
         (out / "progress.json").unlink(missing_ok=True)
     summarize(out, state, time.time() - started)
@@ -371,6 +377,11 @@ def summarize(out: Path, meta: dict, seconds: float) -> None:
         sum(s[key] for s in meta["shards"]) for key in ("documents", "tokens", "bytes"))
     print(f"{n_documents:,} documents ({len(Corpus(out, 'val')):,} of them held out), "
           f"{n_tokens:,} tokens, {size / 1e6:,.1f} MB, {seconds:.0f} s")
+    if n_documents < 10_000:
+        longest = max(Corpus(out, split).lengths.max() for split in ("train", "val"))
+        if longest > n_tokens / 2:
+            print(f"one document is {longest / n_tokens:.0%} of the corpus; each "
+                  f"{meta['settings']['text_unit']} of a .txt was taken as one, see --text_unit")
     for why, n in meta["skipped"].items():
         print(f"skipped: {n:,} {why}")
     for name, n in meta.get("task", {}).items():

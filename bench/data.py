@@ -102,7 +102,7 @@ def write_sample(cfg: Config, folder: Path) -> list[str]:
 
     settings = prepare_c4.Config(cfg.source, tokenizer_bytes=cfg.megabytes * 1_000_000)
     prepare_c4.begin("reading the documents")
-    texts = list(prepare_c4.sample(sources.find_items(cfg.source)[0], settings))
+    texts = list(prepare_c4.sample(sources.find_items(cfg.source).train, settings))
     if len(texts) < 10 * PIECES:
         raise BadInput(f"{cfg.source} gives {len(texts)} documents, {10 * PIECES} are needed")
     folder.mkdir()

@@ -83,7 +83,7 @@ def open_data(folder: str) -> tuple[Corpus | RandomCorpus, Tokenizer | SimpleNam
     if folder:
         return Corpus(folder), Tokenizer.load(folder)
     special_ids = {f"{name.strip('[]').lower()}_id": i for name, i in SPECIALS.items()}
-    return RandomCorpus(30_528), SimpleNamespace(vocab_size=30_528, **special_ids)
+    return RandomCorpus(30_528), SimpleNamespace(vocab_size=30_528, markers=[], **special_ids)
 
 
 def padded(ids: Tensor, masked_idx: Tensor, labels: Tensor, cu_seqlens: Tensor, seq_len: int,

@@ -5,6 +5,8 @@ What is unusable comes as a BadInput in its place, naming file and line, so that
 or count.
 """
 
+import bz2
+import fnmatch
 import functools
 import glob
 import gzip
@@ -12,26 +14,30 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import lzma
 import os
 import re
 import sys
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO, NamedTuple
 
 from corpus.docstrings import collect_docstrings
 from records import BadInput
 
-SUFFIXES = re.compile(r"\.(?:(?:jsonl?|txt)(?:\.gz|\.zst)?|parquet)$")
+KINDS = ".jsonl .ndjson .json .txt (also .gz .zst .bz2 .xz) or .parquet"
+SUFFIXES = re.compile(
+    r"\.(?:(jsonl|ndjson|json|txt)(?:\.(?:gz|zst|bz2|xz))?|parquet)$", re.IGNORECASE)
 ITEM_BYTES = 8 << 20  # input files are grouped into work items of at least this size
 
 
 def open_file(path: str) -> BinaryIO:
     """The decompressed bytes of a file. Reading one that is cut short raises."""
-    if path.endswith(".zst"):
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix == ".zst":
         import pyarrow  # zstandard's own reader ends a cut file silently
 
         return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
-    return gzip.open(path) if path.endswith(".gz") else open(path, "rb")
+    return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, open)(path, "rb")
 
 
 def lines_of(path: str) -> Iterator[tuple[str, "str | BadInput"]]:
@@ -40,8 +46,8 @@ def lines_of(path: str) -> Iterator[tuple[str, "str | BadInput"]]:
     with open_file(path) as f:
         for n, line in enumerate(f, 1):
             line = line.removesuffix(b"\n").removesuffix(b"\r")
-            try:
-                yield f"{path}:{n}", line.decode("utf-8-sig" if n == 1 else "utf-8")
+            try:  # files that begin with a mark and were joined have it in the middle
+                yield f"{path}:{n}", line.decode("utf-8-sig")
             except UnicodeDecodeError as e:
                 problem = f"{path}:{n} is not UTF-8 (byte {e.start + 1} of the line)"
                 yield f"{path}:{n}", BadInput(problem)
@@ -49,6 +55,11 @@ def lines_of(path: str) -> Iterator[tuple[str, "str | BadInput"]]:
 
 def text_in(row: object, key: str, where: str) -> "str | BadInput":
     text = row.get(key) if isinstance(row, dict) else None
+    if isinstance(text, bytes):  # a binary column
+        try:
+            return text.decode()
+        except UnicodeDecodeError as e:
+            return BadInput(f"{where} is not UTF-8 (byte {e.start + 1} of the text)")
     if isinstance(text, str):
         return text
     return BadInput(f"{where} has no text under the key {key!r} (see --text_key)")
@@ -66,14 +77,18 @@ def parquet_documents(path: str, key: str) -> Iterator["str | BadInput"]:
     yield from (text_in(row, key, f"{path} row {n}") for n, row in enumerate(rows, 1))
 
 
-def text_documents(path: str) -> Iterator["str | BadInput"]:
+def text_documents(path: str, unit: str) -> Iterator["str | BadInput"]:
+    """Documents of plain text: its lines, its paragraphs (blocks between blank lines), or the
+    file."""
     block: list[str] = []
     for _, line in lines_of(path):
         if isinstance(line, BadInput):
             yield line
-        elif line.strip():
+            continue
+        blank = not line.strip()
+        if not blank or unit == "file":
             block.append(line)
-        elif block:
+        if block and (unit == "line" or (unit == "paragraph" and blank)):
             yield "\n".join(block)
             block = []
     if block:
@@ -81,6 +96,16 @@ def text_documents(path: str) -> Iterator["str | BadInput"]:
 
 
 def json_documents(path: str, key: str) -> Iterator["str | BadInput"]:
+    """Documents of JSON lines, or of one array of objects, which is read whole."""
+    with open_file(path) as f:
+        if f.peek(1 << 12).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            try:
+                rows = json.loads(f.read())
+            except (ValueError, RecursionError):
+                pass  # lines then, and the first that is wrong is named
+            else:
+                yield from (text_in(row, key, f"{path} item {n}") for n, row in enumerate(rows, 1))
+                return
     for where, line in lines_of(path):
         if isinstance(line, BadInput):
             yield line
@@ -93,14 +118,15 @@ def json_documents(path: str, key: str) -> Iterator["str | BadInput"]:
                 yield text_in(row, key, where)
 
 
-def file_documents(path: str, key: str) -> Iterator["str | BadInput"]:
+def file_documents(path: str, key: str, unit: str) -> Iterator["str | BadInput"]:
     """Documents of one file; a BadInput stands for each record that holds none, and for the rest of
     a damaged file."""
+    kind = SUFFIXES.search(path)[1]
     try:
-        if path.endswith(".parquet"):
+        if kind is None:
             yield from parquet_documents(path, key)
-        elif re.search(r"\.txt(\.\w+)?$", path):
-            yield from text_documents(path)
+        elif kind.lower() == "txt":
+            yield from text_documents(path, unit)
         else:
             yield from json_documents(path, key)
     except Exception as e:  # gzip, zlib and pyarrow each raise their own for damaged data
@@ -145,15 +171,21 @@ def hub_documents(
         raise BadInput(f"{where} broke off ({first_line(e)}); the same command continues") from None
 
 
-def find_items(source: str) -> tuple[list[tuple], list[tuple], str]:
-    """Cut a source into work items, each read by one process: (train, its own validation split,
-    fingerprint).
+class Source(NamedTuple):
+    """A source cut into work items, each read by one process."""
 
-    The fingerprint changes when the source does, as far as can be told without reading all of it.
-    """
+    train: list[tuple]
+    validation: list[tuple]  # a split of the source's own
+    # changes when the content does, as far as can be told without reading all of it
+    identity: str
+    left_out: tuple[str, ...] = ()  # files of no kind that can be read
+
+
+def find_items(source: str) -> Source:
+    """BadInput when there is no such source, or nothing in it that can be read."""
     if source == "docstrings":
         packages = sorted(f"{d.name} {d.version}" for d in importlib.metadata.distributions())
-        return [("docstrings",)], [], sys.version + ", ".join(packages)
+        return Source([("docstrings",)], [], sys.version + ", ".join(packages))
     if source == "c4" or source.startswith("hub:"):
         path = "allenai/c4:en" if source == "c4" else source.removeprefix("hub:")
         path, _, name = path.partition(":")
@@ -164,14 +196,14 @@ def find_items(source: str) -> tuple[list[tuple], list[tuple], str]:
         files = {split: range(splits[split].num_shards) for split in splits}
         train, val = ([("hub", path, name or None, split, i) for i in files.get(split, ())]
                       for split in ("train", "validation"))
-        return train, val, f"{path} {name} {len(train)} {len(val)}"
-    pattern = os.path.join(glob.escape(source), "**") if os.path.isdir(source) else source
-    found = [source] if os.path.isfile(source) else glob.glob(pattern, recursive=True)
-    usable = sorted(p for p in found if os.path.isfile(p) and SUFFIXES.search(p))
+        return Source(train, val, f"{path} {name} {len(train)} {len(val)}")
+    found = find_files(source)
+    readable = [p for p in found if os.path.isfile(p) and SUFFIXES.search(p)]
+    usable = each_once(readable)
     if not usable:
-        what = "holds" if os.path.isdir(source) else "is" if found else "does not exist"
-        if found:
-            what += " no .jsonl(.gz|.zst), .parquet or .txt(.gz|.zst)"
+        what = "does not exist"
+        if os.path.isdir(source) or found:
+            what = f"{'holds' if os.path.isdir(source) else 'is'} no {KINDS}"
         raise BadInput(f"the corpus {source} {what}; others: docstrings, c4, hub:owner/name, "
                        "a folder, a quoted glob")
     items, group, size = [], [], 0
@@ -181,20 +213,45 @@ def find_items(source: str) -> tuple[list[tuple], list[tuple], str]:
         if size >= ITEM_BYTES or path == usable[-1]:
             items.append(("files", group))
             group, size = [], 0
-    return items, [], " ".join(map(file_identity, usable))
+    left_out = tuple(each_once({*found} - {*readable}))
+    return Source(items, [], " ".join(map(file_identity, usable)), left_out)
+
+
+def each_once(paths: Iterable[str]) -> list[str]:
+    """Sorted, and of several paths to one file the first."""
+    return sorted({os.path.realpath(path): path for path in sorted(paths, reverse=True)}.values())
+
+
+def find_files(source: str) -> list[str]:
+    """The files of a path or pattern, sorted. Folders (also x.parquet, as Spark writes) are walked,
+    each once by its real path, so that links may loop; hidden files and folders are not taken."""
+    todo, tail, files, walked = [source], "", [], set()
+    if not os.path.exists(source):  # "**" is walked here: glob would never end where links loop
+        head, deep, tail = source.partition("**")
+        todo = glob.glob(head or "." if deep else source)
+    while todo:
+        path = todo.pop()
+        if not os.path.isdir(path):
+            files.append(path)
+        elif (real := os.path.realpath(path)) not in walked:
+            walked.add(real)
+            todo += [os.path.join(path, name) for name in os.listdir(path) if name[0] != "."]
+    below = re.compile(".*" + fnmatch.translate(tail).replace(".*", "[^/]*"), re.DOTALL)
+    return sorted(path for path in files if not tail or below.match(path))
 
 
 def file_identity(path: str) -> str:
-    """Name, size and a hash of the first and last 64 kB of a file, wherever it lies."""
+    """Kind, size and a hash of the first and last 64 kB of a file, whatever it is called."""
     with open(path, "rb") as f:
         size, ends = os.path.getsize(path), f.read(1 << 16)
         f.seek(max(0, size - (1 << 16)))
         ends += f.read()
-    return f"{os.path.basename(path)} {size} {hashlib.blake2b(ends, digest_size=8).hexdigest()}"
+    kind = SUFFIXES.search(path)[0].lower()
+    return f"{kind} {size} {hashlib.blake2b(ends, digest_size=8).hexdigest()}"
 
 
-def item_documents(item: tuple, key: str) -> Iterator["str | BadInput"]:
+def item_documents(item: tuple, key: str, unit: str) -> Iterator["str | BadInput"]:
     """Documents of one work item as they are, always in the same order."""
     if item[0] == "files":
-        return (text for path in item[1] for text in file_documents(path, key))
+        return (text for path in item[1] for text in file_documents(path, key, unit))
     return hub_documents(*item[1:], key) if item[0] == "hub" else iter(collect_docstrings())

@@ -18,6 +18,9 @@ FORMAT = 1  # version of tokenizer.meta.json
 SPECIALS = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
 ROBERTA = ("<pad>", "<unk>", "<s>", "</s>", "<mask>")  # its names for them
 N_FIXED = len(SPECIALS) + 256  # ids every vocabulary of ours has
+# Letters of a longer word are cut here for training: its time grows with the square of a word's
+# length, and DNA is one word. Encoding does not cut.
+LONGEST_WORD = 256
 # One pattern for the trainer (Oniguruma) and for tiktoken (Rust): contractions, words with their
 # leading space, numbers in groups of three digits, punctuation, white space. GPT-2's \s+(?!\S)
 # hands the last of several spaces to the word behind them; a look-ahead costs a third of tiktoken's
@@ -52,7 +55,9 @@ class Tokenizer:
     lowercase=False) for every Unicode string; a lone surrogate becomes U+FFFD. A Hugging Face
     vocabulary keeps its own ids and its own losses.
 
-    Attributes: vocab_size, lowercase, pad_id, unk_id, cls_id, sep_id, mask_id.
+    Attributes: vocab_size, lowercase, pad_id, unk_id, cls_id, sep_id, mask_id; markers, the ids of
+    further special tokens that a tokenizer.json brings. In a text these are themselves, while the
+    name of one of the five, "[MASK]", is ordinary text.
     """
 
     def __init__(self, vocabulary: bytes, meta: dict):
@@ -63,14 +68,19 @@ class Tokenizer:
         self.names = {i: name for name, i in meta["special_ids"].items()}
         ids = (meta["special_ids"][name] for name in SPECIALS)
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = ids
-        self.hf = self.bpe = None
+        self.hf, self.bpe, self.markers = None, None, []
         if meta["kind"] == "huggingface":
             import tokenizers
 
-            self.hf = tokenizers.Tokenizer.from_str(vocabulary.decode("utf-8"))
+            content = json.loads(vocabulary)
+            for token in content["added_tokens"]:
+                if token["special"] and token["id"] not in self.names:
+                    self.markers.append(token["id"])
+                    token["special"] = False
+            self.hf = tokenizers.Tokenizer.from_str(json.dumps(content))
             self.hf.no_truncation()
             self.hf.no_padding()
-            self.hf.encode_special_tokens = True  # "[MASK]" written in a corpus is ordinary text
+            self.hf.encode_special_tokens = True  # those that still are special: as text
         else:
             pairs = (line.split() for line in vocabulary.splitlines())
             ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
@@ -90,7 +100,8 @@ class Tokenizer:
         from tokenizers import pre_tokenizers
 
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        split = pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated")
+        pattern = tokenizers.Regex(PATTERN.replace("]+", f"]{{1,{LONGEST_WORD}}}"))
+        split = pre_tokenizers.Split(pattern, "isolated")
         learner = tokenizers.Tokenizer(tokenizers.models.BPE())
         learner.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
         trainer = tokenizers.trainers.BpeTrainer(
@@ -118,7 +129,7 @@ class Tokenizer:
 
         try:
             text = path.read_text(encoding="utf-8")
-            if path.name == "vocab.txt":  # BERT's older format; its settings lie beside it
+            if path.suffix == ".txt":  # BERT's older format; its settings lie beside it
                 file = path.with_name("tokenizer_config.json")
                 given = read_json(file) if file.is_file() else {}
                 text = tokenizers.BertWordPieceTokenizer(
@@ -127,7 +138,7 @@ class Tokenizer:
                     handle_chinese_chars=given.get("tokenize_chinese_chars", True)).to_str()
             vocab = tokenizers.Tokenizer.from_str(text).get_vocab(with_added_tokens=True)
         except Exception as e:  # `tokenizers` raises bare Exception
-            raise BadInput(f"{path} is not a Hugging Face tokenizer.json ({e})") from None
+            raise BadInput(f"{path} is no tokenizer.json or vocab.txt ({e})") from None
         ids = {name: vocab.get(name, vocab.get(other)) for name, other in zip(SPECIALS, ROBERTA)}
         if missing := ", ".join(name for name, i in ids.items() if i is None):
             raise BadInput(f"{path} has no token {missing} (nor RoBERTa's name for it); "
@@ -157,11 +168,11 @@ class Tokenizer:
             except (OSError, KeyError, ValueError) as e:
                 raise BadInput(f"{file} cannot be used ({e}); prepare the folder again") from None
         names = ("tokenizer.json", "vocab.txt") if path.is_dir() else ("",)
-        file = next((f for name in names if (f := path / name).is_file()), path / names[0])
-        if not file.is_file():
-            raise BadInput(f"no tokenizer at {path}: give a tokenizer.json or a folder made by "
-                           "prepare_c4.py")
-        return cls.from_hf(file)
+        for file in (path / name for name in names):
+            if file.is_file():
+                return cls.from_hf(file)
+        raise BadInput(f"no tokenizer at {path}: give a tokenizer.json, a vocab.txt or a folder "
+                       "made by prepare_c4.py")
 
     @staticmethod
     def file_name(kind: str) -> str:

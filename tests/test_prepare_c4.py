@@ -1,8 +1,10 @@
 """Claims about prepare_c4.py and corpus/: tokenizer, data folder, sources, restart, bad input."""
 
+import bz2
 import dataclasses
 import gzip
 import json
+import lzma
 import os
 import random
 import re
@@ -15,8 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import prepare_c4
+from batches import Batches, mask_tokens
 from corpus import docstrings as offline
 from corpus import inspect, sources
 from corpus.docstrings import SWAPS, write_word_order_task
@@ -182,6 +186,52 @@ def test_a_tokenizer_that_has_changed_under_its_name_is_noticed(wordpiece, texts
         prepare(config)
 
 
+def test_special_tokens_that_a_tokenizer_json_brings_are_themselves(wordpiece, texts, tmp_path):
+    import tokenizers
+
+    entities = tokenizers.Tokenizer.from_file(str(wordpiece))
+    entities.add_special_tokens(["[E1]", "[/E1]"])
+    entities.add_tokens(["<number>"])  # no special one: a word that may be masked
+    entities.save(str(tmp_path / "tokenizer.json"))
+    marked = [f"[E1] {text} [/E1] [MASK] [SEP]" for text in texts[:150]]
+    source = write_jsonl(tmp_path / "c.jsonl", marked)
+    prepare(settings(source, tmp_path / "o", tokenizer=str(tmp_path / "tokenizer.json")))
+    ours, corpus = Tokenizer.load(tmp_path / "o"), Corpus(tmp_path / "o")
+    markers = [entities.token_to_id(name) for name in ("[E1]", "[/E1]")]
+    number = entities.token_to_id("<number>")
+    assert ours.markers == markers and ours.encode("a <number>")[-1] == number
+    for i in range(len(corpus)):
+        assert [int((corpus[i] == marker).sum()) for marker in markers] == [1, 1]
+        assert not np.isin(corpus[i], [ours.mask_id, ours.sep_id, ours.cls_id]).any()
+    assert decoded(tmp_path / "o")[0].startswith("[E1] ")
+    batch = Batches([corpus], ours, 64, 2048, "first", seed=0)(0)
+    is_marker = np.isin(batch.input_ids, markers)
+    ours.markers += range(5, 1400)  # so many that a draw would hit one
+    for m in range(20):
+        ids, _, labels = mask_tokens(batch, ours, 900, "80/10/10", 0, m, torch.device("cpu"))
+        assert not np.isin(labels, markers).any()
+        drawn = ids[ids != batch.input_ids]
+        assert is_marker.sum() > 20 and not np.isin(drawn, ours.markers).any()
+
+
+def test_a_folder_with_only_a_vocab_txt_is_read(wordpiece, texts, tmp_path):
+    from transformers import BertTokenizer
+
+    vocab = json.loads(wordpiece.read_text())["model"]["vocab"]
+    (tmp_path / "vocab.txt").write_text("\n".join(sorted(vocab, key=vocab.get)) + "\n")
+    for lowercase in (True, False):
+        config = {"do_lower_case": lowercase, "tokenizer_class": "BertTokenizer"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        theirs = BertTokenizer.from_pretrained(tmp_path)
+        for ours in (Tokenizer.load(tmp_path), Tokenizer.load(tmp_path / "vocab.txt")):
+            assert (ours.lowercase, ours.vocab_size) == (lowercase, 1500)
+            for text in [*texts[:30], "Élan 北京 x"]:
+                assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+    (tmp_path / "vocab.txt").write_text("one\ntwo\n")
+    with pytest.raises(ValueError, match=r"vocab\.txt is no tokenizer\.json or vocab\.txt"):
+        Tokenizer.load(tmp_path)
+
+
 def test_damaged_tokenizer_is_named(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     (tmp_path / "tokenizer.tiktoken").write_bytes(tokenizer.vocabulary[:-20])
@@ -190,7 +240,7 @@ def test_damaged_tokenizer_is_named(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="no tokenizer at"):
         Tokenizer.load(tmp_path / "nowhere")
     (tmp_path / "x.json").write_text('{"model": 3}')
-    with pytest.raises(ValueError, match=r"x\.json is not a Hugging Face"):
+    with pytest.raises(ValueError, match=r"x\.json is no tokenizer\.json"):
         Tokenizer.load(tmp_path / "x.json")
 
 
@@ -280,17 +330,28 @@ def test_the_same_text_in_every_format_gives_the_same_shards(texts, tmp_path):
     (tmp_path / "c.jsonl.gz").write_bytes(two_members)
     frames = [zstandard.compress(data[:7000]), zstandard.compress(data[7000:])]
     (tmp_path / "c.jsonl.zst").write_bytes(b"".join(frames))
+    (tmp_path / "c.ndjson.bz2").write_bytes(bz2.compress(data))
+    (tmp_path / "C.JSONL.XZ").write_bytes(lzma.compress(data))
+    (tmp_path / "c.json").write_text(json.dumps([{"text": text} for text in plain], indent=1))
     (tmp_path / "c.txt").write_text("\n\n".join(plain) + "\n")
     table = pa.table({"text": plain, "url": plain})
     pa.parquet.write_table(table, tmp_path / "c.parquet", row_group_size=40)
-    for kind in ("jsonl", "jsonl.gz", "jsonl.zst", "txt", "parquet"):
-        prepare(settings(tmp_path / f"c.{kind}", tmp_path / kind))
-        assert shards(tmp_path / kind) == shards(tmp_path / "jsonl"), kind
+    (tmp_path / "spark.parquet").mkdir()  # a folder, as Spark writes it; its column holds bytes
+    rows = [text.encode() for text in plain]
+    for i, part in enumerate((rows[:70], rows[70:])):
+        table = pa.table({"text": part})
+        pa.parquet.write_table(table, tmp_path / f"spark.parquet/part-{i}.parquet")
+    (tmp_path / "spark.parquet" / "_SUCCESS").touch()
+    for name in ("c.jsonl", "c.jsonl.gz", "c.jsonl.zst", "c.ndjson.bz2", "C.JSONL.XZ", "c.json",
+                 "c.txt", "c.parquet", "spar*.parquet"):
+        meta = prepare(settings(tmp_path / name, tmp_path / "out" / name))
+        assert shards(tmp_path / "out" / name) == shards(tmp_path / "out" / "c.jsonl"), name
+    assert meta["skipped"] == {"files of other kinds: _SUCCESS": 1}
     (tmp_path / "in").mkdir()
     write_jsonl(tmp_path / "in" / "1.jsonl", plain[:70])
     write_jsonl(tmp_path / "in" / "2.jsonl", plain[70:])
     prepare(settings(tmp_path / "in" / "*.jsonl", tmp_path / "glob"))
-    assert shards(tmp_path / "glob") == shards(tmp_path / "jsonl")
+    assert shards(tmp_path / "glob") == shards(tmp_path / "out" / "c.jsonl")
 
 
 def test_marks_and_line_ends_of_windows_and_very_long_lines_change_nothing(texts, tmp_path):
@@ -299,21 +360,69 @@ def test_marks_and_line_ends_of_windows_and_very_long_lines_change_nothing(texts
     prepare(settings(source, tmp_path / "jsonl"))
     blocks = "\n\n".join(plain).encode()
     for name, data in (("bom.jsonl", source.read_bytes()), ("bom.txt", blocks)):
+        half = data.index(b"\n\n" if name == "bom.txt" else b"\n", len(data) // 2) + 1
+        data = data[:half] + b"\xef\xbb\xbf" + data[half:]  # two files that were joined
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + data.replace(b"\n", b"\r\n"))
     for name in ("bom.jsonl", "bom.txt"):
         prepare(settings(tmp_path / name, tmp_path / "o" / name))
         assert shards(tmp_path / "o" / name) == shards(tmp_path / "jsonl"), name
 
 
-def test_symbolic_links_and_empty_files_in_a_folder_are_no_trouble(texts, tmp_path):
+def test_every_file_counts_once_and_what_is_left_out_is_named(texts, tmp_path):
     (tmp_path / "in").mkdir()
     write_jsonl(tmp_path / "in" / "a.jsonl", texts[:100])
     prepare(settings(tmp_path / "in", tmp_path / "o"))
-    for name in ("b.jsonl", "c.jsonl.gz", "d.jsonl.zst", "e.txt", "f.doc"):
+    for name in ("b.jsonl", "c.jsonl.gz", "d.jsonl.zst", "e.txt", "f.doc", ".hidden.doc"):
         (tmp_path / "in" / name).touch()
-    (tmp_path / "link").symlink_to(tmp_path / "in")
-    prepare(settings(tmp_path / "link", tmp_path / "p"))
-    assert shards(tmp_path / "o") == shards(tmp_path / "p")
+    for link, target in (("in/self", "."), ("in/b", "../in"), ("in/z.jsonl", "a.jsonl"),
+                         ("in/gone.jsonl", "nowhere"), ("link", "in")):
+        (tmp_path / link).symlink_to(target)
+    for i, source in enumerate(("link", "in/**/*")):
+        meta = prepare(settings(tmp_path / source, tmp_path / str(i)))
+        assert shards(tmp_path / str(i)) == shards(tmp_path / "o"), source
+        assert meta["skipped"] == {"files of other kinds: f.doc, gone.jsonl": 2}
+
+
+def test_text_unit_says_what_a_document_of_a_txt_is(tmp_path, capsys):
+    lines = [f"this is text number {i} of the file" for i in range(80)]
+    source = tmp_path / "c.txt"
+    source.write_text("\n".join(lines[:60]) + "\n\n" + "\n".join(lines[60:]) + "\n")
+    for unit, documents in (("line", lines), ("paragraph", ["\n".join(lines[:60]),
+                                                            "\n".join(lines[60:])])):
+        prepare(settings(source, tmp_path / unit, vocab_size=280, text_unit=unit))
+        assert sorted(decoded(tmp_path / unit)) == sorted(documents)
+        hint = "one document is 75% of the corpus; each paragraph of a .txt was taken as one"
+        assert (hint in capsys.readouterr().out) == (unit == "paragraph")
+    with pytest.raises(ValueError, match=r"1 different documents.*for a \.txt --text_unit file"):
+        prepare(settings(source, tmp_path / "file", text_unit="file"))
+
+
+def test_odd_lines_of_json_are_read_or_counted(tmp_path):
+    """NUL, CR, lone surrogates, joined emoji, NaN, lists, no newline at the end."""
+    odd = ['"\\u0000 nul"', '"\\r cr"', '"\\ud800 half"', '"👩\u200d🔬 joined"', "NaN", '["list"]',
+           '" "']
+    lines = [f'{{"text": {text}}}' for text in odd] + GOOD
+    (tmp_path / "odd.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    meta = prepare(settings(tmp_path / "odd.jsonl", tmp_path / "o", vocab_size=300, skip_bad=True))
+    assert sum(s["documents"] for s in meta["shards"]) == 4 + len(GOOD)
+    assert meta["skipped"] == {"bad": 2, "empty": 1}
+    if (case := ROOT.parent / "shared/cases/odd.jsonl").exists():
+        meta = prepare(settings(case, tmp_path / "p", vocab_size=300, skip_bad=True))
+        assert sum(s["documents"] for s in meta["shards"]) == 18
+        assert meta["skipped"] == {"bad": 2, "empty": 1}
+
+
+def test_text_without_spaces_trains_in_seconds_and_is_encoded_as_before(texts, tmp_path):
+    rng = random.Random(0)
+    sequences = ["".join(rng.choices("acgt", k=400_000)) for _ in range(6)]
+    started = time.process_time()
+    dna = Tokenizer.train(sequences, 512)
+    ids = dna.encode(sequences[0])
+    assert time.process_time() - started < 30, "the square of a word's length is minutes"
+    assert dna.decode(ids) == sequences[0] and len(ids) < 130_000
+    cut = [sequences[0][i : i + 256] for i in range(0, 400_000, 256)]
+    assert len(ids) < sum(map(len, dna.encode_batch(cut))), "only training cuts long words"
+    assert max(map(len, re.findall(r"\w+", " ".join(texts)))) < 256, "no word of English is cut"
 
 
 # ------------------------------------------------------------------------------------------ restart
@@ -419,6 +528,37 @@ def test_a_complete_folder_is_left_alone_and_other_settings_are_refused(jsonl, t
     with pytest.raises(ValueError, match=r"another corpus .*; choose another --out or delete"):
         prepare(dataclasses.replace(config, source=str(tmp_path / "docs.jsonl")))
     assert content(tmp_path / "o") == before
+
+
+def test_a_moved_corpus_and_a_moved_folder_continue(wordpiece, texts, tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "c.jsonl", texts[:200])
+    tokenizer = Path(shutil.copy(wordpiece, tmp_path / "tokenizer.json"))
+    config = settings(source, tmp_path / "o", tokenizer=str(tokenizer), shard_tokens=5_000)
+    prepare(config)
+    whole = content(tmp_path / "o")
+    monkeypatch.setattr(prepare_c4, "assemble", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare(dataclasses.replace(config, out=str(tmp_path / "cut")))
+    monkeypatch.undo()
+    (tmp_path / "elsewhere").mkdir()
+    moved = [path.rename(tmp_path / "elsewhere" / f"new-{path.name}")
+             for path in (source, tokenizer, tmp_path / "cut")]
+    (tmp_path / "link").symlink_to(moved[2])
+    source, tokenizer, _ = map(str, moved)
+    monkeypatch.setattr(prepare_c4, "choose_cuts", lambda *_: pytest.fail("began anew"))
+    for out in (tmp_path / "link", tmp_path / "o"):
+        prepare(dataclasses.replace(config, source=source, tokenizer=tokenizer, out=str(out)))
+    old, new = (json.loads((tmp_path / out / "meta.json").read_text()) for out in ("o", "link"))
+    assert new.pop("source") == source != old.pop("source") and old == new
+    assert shards(moved[2]) == {k: v for k, v in whole.items() if k != "meta.json"}
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_out_first(jsonl, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(prepare_c4, "choose_cuts", lambda *_: pytest.fail("began to read"))
+    monkeypatch.setattr(sys, "argv", ["x", str(jsonl), "--out", str(tmp_path / "file" / "o")])
+    with pytest.raises(SystemExit, match=r"^error: .*Not a directory: [^\n]*$"):
+        prepare_c4.main()
 
 
 def test_a_second_process_on_one_folder_is_refused(jsonl, tmp_path):
