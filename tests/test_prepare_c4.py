@@ -651,7 +651,7 @@ def test_command_line_errors_have_no_traceback(tmp_path):
     for arguments, message in [
         (("nowhere.jsonl",), "the corpus nowhere.jsonl does not exist"),
         (("docstrings", "--val_fraction", 1), "--val_fraction must lie between 0 and 1"),
-        ((tmp_path,), "holds no .jsonl(.gz|.zst)"),
+        ((tmp_path,), "holds no .jsonl .ndjson"),
     ]:
         done = run(*arguments, "--out", tmp_path / "o")
         assert done.returncode == 1 and message in done.stderr, done.stderr
