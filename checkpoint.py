@@ -216,6 +216,10 @@ class State:
             _, stem = recipes.run_config(start.checkpoint.parents[1])
             self.branch = recipes.branch_off(stem, self, cfg.cooldown)
 
+    def is_finite(self) -> bool:
+        """Whether all weights are; the host waits for the device once."""
+        return bool(torch.stack([w.isfinite().all() for w in self.model.parameters()]).all())
+
     def save(self, start: Start, progress: dict) -> Path:
         """Write ckpt/step_<step>/ under a temporary name, fsync, rename: a kill leaves a whole
         folder or none. SystemExit (one line) if it cannot be written."""

@@ -274,7 +274,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         if save or due(cfg.eval_every, state.step, before, done):
             with clock.paused():
                 state.train_seconds = clock.seconds
-                if save and not all(bool(w.isfinite().all()) for w in model.parameters()):
+                if save and not state.is_finite():
                     raise log.diverged(f"the weights are not finite after step {state.step:,}")
                 if done >= 1.0 or not stopping:  # who asks to stop may not wait long: save at once
                     found = evaluate(forward, model, cfg, start.eval_batches, autocast)

@@ -1,0 +1,78 @@
+"""bench/dryrun.py: pretrain.py's loop on a CUDA chip that is not there. Each run is a process,
+because it changes what torch.cuda says."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed here")
+if not shutil.which("g++"):
+    pytest.skip("the dry run needs g++, which is not installed here", allow_module_level=True)
+
+from bench.dryrun import main
+
+# in each micro-batch a wait and a copy from memory that is not pinned; then an index by a mask
+PLANTS = """
+import pretrain
+mask_tokens, n = pretrain.mask_tokens, iter(range(99))
+
+def planted(batch, *args):
+    ids, masked_idx, labels = mask_tokens(batch, *args)
+    float(labels.float().mean()), batch.special.clone().to("cuda", non_blocking=True)
+    return ids[ids > 5] if next(n) == 2 else ids, masked_idx, labels
+
+pretrain.mask_tokens = planted
+"""
+
+
+def dry_run(out: Path, *arguments: str, plants: str = ""):
+    """The report and the finished process."""
+    code = f"{plants}\nfrom bench.dryrun import main\nmain({[*arguments, '--out', str(out)]})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1],
+                          capture_output=True, text=True)
+    return json.loads(out.read_text()) if out.exists() else {}, done
+
+
+@pytest.mark.parametrize("preset", ["mosaic-base", "bert-base"])
+def test_a_step_waits_for_nothing_and_every_operation_has_a_kernel(preset, tmp_path):
+    result, done = dry_run(tmp_path / "out.json", preset, "--layers", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert result["unexpected"] == []
+    assert result["waits"] == {"log": 2, "evaluation": 2, "checkpoint": 2}
+    rows = {(row["phase"], row["kernel"]): row for row in result["kernels"]}
+    assert rows["optimizer", "_fused_adamw_"]["gb"] > 0
+    if preset == "mosaic-base":  # of a micro-batch: 2 layers, forward and backward
+        assert rows["forward", "_attn_one_tile"]["launches"] == 2
+        assert rows["backward", "_attn_one_tile"]["launches"] == 2
+        gemms = sum(row["tflop"] for row in rows.values() if "mm" in row["kernel"])
+        # 6 FLOPs a weight and token; of layer 2 after the attention and of the head on 30 % of them
+        d, ff = 768, 3_072
+        weights = 2 * 3 * d * d + 1.3 * (d * d + 3 * d * ff) + 0.3 * (d * d + d * 30_528)
+        assert gemms == pytest.approx(6 * 65_536 * weights / 1e12, rel=0.03)
+
+
+def test_planted_waits_and_copies_are_found(tmp_path):
+    _, done = dry_run(tmp_path / "out.json", "mosaic-base", "--layers", "1", plants=PLANTS)
+    assert done.returncode == 1
+    for what in ("wait (item)", "wait (index)", "blocking copy"):
+        assert f"masking: {what} at" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["mosaic-base", "bert-base"])
+def test_compiled_in_two_graphs_without_breaks(preset, tmp_path):
+    """One for training and one for evaluation, whatever the lengths of the documents."""
+    result, done = dry_run(tmp_path / "out.json", preset, "--layers", "2", "--compile")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (result["graphs"], result["graph_breaks"], result["unexpected"]) == (2, 0, [])
+    assert any("triton_" in row["kernel"] for row in result["kernels"])
+
+
+@pytest.mark.parametrize("arguments", [["mosaic-base", "--chip", "H900"], ["mosaic-huge"]])
+def test_what_is_not_known_gets_one_line(arguments):
+    with pytest.raises(SystemExit, match=r"^error: --(chip H900|preset mosaic-huge): choose .*$"):
+        main(arguments)
