@@ -27,7 +27,7 @@ from tqdm import tqdm
 from corpus.tokenizer import Tokenizer
 from machine import pick_device, pick_dtype, read_command_line
 from model import MaskedLM, find_checkpoints, find_folder
-from records import read_json, read_jsonl, write_atomically
+from records import read_json, write_atomically
 
 
 @dataclass
@@ -142,8 +142,8 @@ def evaluate(run: str, checkpoint: Path, benchmark: str, pairs: list, cfg: Confi
     print(*(f"{k:26}{v:6.1%}" for k, v in sorted(result["phenomena"].items())), sep="\n")
     print(f"{'mean':26}{result['score']:6.1%} ± {result['stderr']:.1%}")
     home.mkdir(parents=True, exist_ok=True)
-    old = read_jsonl(path)[0] if (path := home / f"{benchmark}.jsonl").is_file() else []
-    new = [r for r in old if any(r.get(k) != v for k, v in this.items())] + [record]
+    lines = path.open() if (path := home / f"{benchmark}.jsonl").is_file() else []
+    new = [r for r in map(json.loads, lines) if not this.items() <= r.items()] + [record]
     write_atomically(path, "".join(json.dumps(r) + "\n" for r in new).encode())
     print(f"wrote {path}")
 
