@@ -1,9 +1,10 @@
 """The encoder of nanoMosaicBERT as a transformers model, in plain PyTorch.
 
 export.huggingface puts this file beside the weights, and trust_remote_code runs it: it needs torch
-and transformers (5, or 4 from 4.53), nothing else of the project and no Triton. The parameters are
-those of model.py under the same names. A batch stays padded, as in transformers' own encoders, and
-the attention's bias hides the padding: that traces to ONNX and TorchScript and compiles.
+and transformers (tried: 5.24, 4.57), nothing else of the project and no Triton. The parameters are
+those of model.py under the same names, but for the classifier's. A batch stays padded, as in
+transformers' own encoders, and the attention's bias hides the padding: that traces to ONNX and
+TorchScript and compiles.
 """
 
 import math
