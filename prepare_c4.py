@@ -69,8 +69,7 @@ class Config:
 
 # ------------------------------------------------------------------------- documents and splits
 def documents(item: tuple, cfg: Config, skipped: Counter | None = None) -> Iterator[str]:
-    """Stripped, valid, non-empty documents of one item, always in the same order. Bad records
-    raise, or are counted with --skip_bad."""
+    """Stripped, non-empty documents of one item. Bad records raise, or --skip_bad counts them."""
     skipped = Counter(bad=3) if skipped is None else skipped  # nobody counts: report nothing
     for text in item_documents(item, cfg.text_key, cfg.text_unit):
         if isinstance(text, BadInput):
@@ -108,8 +107,7 @@ def document_key(text: str) -> int:
 
 
 def choose_cuts(items: list[tuple], cfg: Config, own_validation: bool) -> tuple[int, int]:
-    """Keys below the first number are validation, those up to the second the labelled task, the
-    rest train."""
+    """Keys below the first number are validation, then up to the second the labelled task."""
     keys, size = set(), 0
     for text in sample(items, cfg):
         keys.add(document_key(text))
@@ -328,8 +326,7 @@ def check_folder(out: Path, settings: dict) -> dict | None:
 
 
 def prepare(cfg: Config) -> dict:
-    """Run or continue the whole preparation; -> meta.json's content. BadInput (one line) for a
-    fault of the input."""
+    """Run or continue the whole preparation; -> meta.json's content. BadInput for bad input."""
     started = time.time()
     path = Path(cfg.source.removeprefix("hub:").split(":")[0])
     name = SUFFIXES.sub("", path.parent.name if glob.has_magic(path.name) else path.name)

@@ -111,8 +111,7 @@ def measure(what: str, provider: str, unit: str, case: Callable, costs: dict, ti
 
 # -------------------------------------------------------------------------------------- attention
 def draw_lengths(n: int, tokens: int, c4: bool) -> list[int]:
-    """Document lengths that fill `tokens`: all n, or C4's with [CLS] and [SEP] cut at n; the last
-    is cut to fit."""
+    """Document lengths that fill `tokens`: all n, or C4's with [CLS] and [SEP], cut at n."""
     lengths = torch.full((tokens // n + 1,), n)
     if c4:
         percent = 100 * torch.rand(tokens // 8, generator=torch.Generator().manual_seed(0)).numpy()
@@ -131,8 +130,7 @@ def attention_cost(lengths: list[int], heads: int, head_dim: int) -> dict:
 
 
 def attention_peers(qkv, dout, lengths: list[int], slopes, device: str = "cuda") -> dict:
-    """{name: function that returns (function, inputs, output gradient)}. Peers get their layout
-    for free, untimed."""
+    """{name: -> (function, inputs, output gradient)}. Peers get their layout free, untimed."""
     T, _, H, D = qkv.shape
     n, B = max(lengths), len(lengths)
     cu = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)

@@ -9,9 +9,8 @@ model and optimizer of pretrain.py; transformers' BertForMaskedLM (15 %) and Mod
 eager and compiled, with the same autocast, dropout and fused AdamW. One that does not run is listed
 with its reason.
 
-tok/s counts real tokens, never padding, and excludes compilation, which "first step" shows. Numbers
-are medians over the rounds, ratios medians of the ratios within a round. MFU is
-model.flops_per_token times real tok/s over the GPU's peak.
+tok/s counts real tokens, never padding; compilation is in "first step" only. Numbers are medians
+over the rounds, ratios medians of the ratios within a round.
 """
 
 import itertools
@@ -100,8 +99,7 @@ def padded(ids: Tensor, masked_idx: Tensor, labels: Tensor, cu_seqlens: Tensor, 
 # ------------------------------------------------------------------------------------- contenders
 @dataclass
 class Contender:
-    """A model in training. `build(m)` makes micro-batch m on a thread; `inputs(m, built)` brings it
-    to the device: (arguments of `loss`, real tokens)."""
+    """A model in training; inputs(m, build(m)) are (arguments of `loss`, real tokens)."""
 
     name: str
     model: nn.Module

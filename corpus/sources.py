@@ -1,8 +1,7 @@
 """Documents of any source, for prepare_c4.py: files, a dataset of the Hugging Face hub, docstrings.
 
-find_items() cuts a source into work items and item_documents() reads one, always in the same order.
-What is unusable comes as a BadInput in its place, naming file and line, so that the caller may stop
-or count.
+find_items() cuts a source into work items and item_documents() reads one, always in the same order;
+a BadInput, naming file and line, stands for what is unusable.
 """
 
 import bz2
@@ -41,16 +40,15 @@ def open_file(path: str) -> BinaryIO:
 
 
 def lines_of(path: str) -> Iterator[tuple[str, "str | BadInput"]]:
-    """("path:line number", the line) of a text file; a BadInput stands for a line that is not
-    UTF-8."""
+    """("path:line number", the line) of a text file; a BadInput where it is not UTF-8."""
     with open_file(path) as f:
         for n, line in enumerate(f, 1):
             line = line.removesuffix(b"\n").removesuffix(b"\r")
             try:  # files that begin with a mark and were joined have it in the middle
                 yield f"{path}:{n}", line.decode("utf-8-sig")
             except UnicodeDecodeError as e:
-                problem = f"{path}:{n} is not UTF-8 (byte {e.start + 1} of the line)"
-                yield f"{path}:{n}", BadInput(problem)
+                where = f"{path}:{n}"
+                yield where, BadInput(f"{where} is not UTF-8 (byte {e.start + 1} of the line)")
 
 
 def text_in(row: object, key: str, where: str) -> "str | BadInput":
@@ -78,8 +76,7 @@ def parquet_documents(path: str, key: str) -> Iterator["str | BadInput"]:
 
 
 def text_documents(path: str, unit: str) -> Iterator["str | BadInput"]:
-    """Documents of plain text: its lines, its paragraphs (blocks between blank lines), or the
-    file."""
+    """Lines, paragraphs (blocks between blank lines) or the whole of a plain text file."""
     block: list[str] = []
     for _, line in lines_of(path):
         if isinstance(line, BadInput):
@@ -154,9 +151,8 @@ def hub_splits(path: str, name: str | None) -> dict:
                        "use a local corpus") from None
 
 
-def hub_documents(
-    path: str, name: str | None, split: str, index: int, key: str
-) -> Iterator["str | BadInput"]:
+def hub_documents(path: str, name: str | None, split: str, index: int, key: str
+                  ) -> Iterator["str | BadInput"]:
     """Documents of one file of a hub dataset. Arrow batches: row by row it takes twice the time."""
     dataset = hub_splits(path, name)[split]
     where = f"{path} {split} file {index}"
@@ -191,8 +187,7 @@ def find_items(source: str) -> Source:
         path, _, name = path.partition(":")
         splits = hub_splits(path, name or None)
         if "train" not in splits:
-            given = ", ".join(splits)
-            raise BadInput(f"the dataset {path} has no split named train, only {given}")
+            raise BadInput(f"the dataset {path} has no split train, only {', '.join(splits)}")
         files = {split: range(splits[split].num_shards) for split in splits}
         train, val = ([("hub", path, name or None, split, i) for i in files.get(split, ())]
                       for split in ("train", "validation"))

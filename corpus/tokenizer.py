@@ -88,9 +88,7 @@ class Tokenizer:
                                          special_tokens=meta["special_ids"])
 
     @classmethod
-    def train(
-        cls, texts: Iterable[str], vocab_size: int, lowercase: bool = True
-    ) -> "Tokenizer":
+    def train(cls, texts: Iterable[str], vocab_size: int, lowercase: bool = True) -> "Tokenizer":
         """Learn a byte-level BPE of exactly `vocab_size` entries; the same texts give the same
         bytes. BadInput when vocab_size is not in 261..65536 or more than the texts can reach."""
         if not N_FIXED <= vocab_size <= 65536:
@@ -189,8 +187,7 @@ class Tokenizer:
     def same_as(self, other: "Tokenizer") -> bool:
         """Whether both number the same tokens alike, however their files are written."""
         if self.hf and other.hf:
-            same = self.hf.get_vocab() == other.hf.get_vocab()
-            return same and self.lowercase == other.lowercase
+            return self.hf.get_vocab() == other.hf.get_vocab() and self.lowercase == other.lowercase
         if self.hf or other.hf:  # ours, and what export.huggingface has made of it
             n = self.vocab_size
             return n == other.vocab_size and all(
@@ -204,8 +201,7 @@ class Tokenizer:
     def encode_with_masks(self, text: str) -> list[int]:
         """As encode(), but each "[MASK]" (any case) becomes mask_id. White space before it is
         dropped: the token it stands for carries its own leading space."""
-        parts = re.split(r"\s*\[mask\]", text, flags=re.IGNORECASE)
-        first, *others = map(self.encode, parts)
+        first, *others = map(self.encode, re.split(r"\s*\[mask\]", text, flags=re.IGNORECASE))
         return first + [i for part in others for i in (self.mask_id, *part)]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
