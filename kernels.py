@@ -823,7 +823,8 @@ def _attention_padded(qkv, cu_seqlens, max_seqlen, slopes, rope_base, dropout_p)
     for the host. Dropout follows torch's generator of the device."""
     cu, row = cu_seqlens.long(), torch.arange(len(qkv), device=qkv.device)
     B = len(cu) - 1
-    document = torch.bucketize(row, cu[1:], right=True)  # B for rows behind the last document
+    # B for rows behind the last document (torch 2.11 cannot compile bucketize of a slice)
+    document = torch.searchsorted(cu_seqlens[1:], row.int(), right=True)
     place = torch.where(document < B, document * max_seqlen + row - cu[document], -1)
     padded = scatter_rows(qkv, place, B * max_seqlen).unflatten(0, (B, max_seqlen))
     q, k, v = padded.permute(2, 0, 3, 1, 4)  # (B, H, S, D) each

@@ -62,7 +62,12 @@ def make_optimizers(cfg: TrainConfig, model: MaskedLM, device: torch.device
 def wrap(model: MaskedLM, cfg: TrainConfig, device: torch.device, world: int) -> torch.nn.Module:
     """The model as the loop calls it: compiled if wanted, its gradients averaged over processes."""
     if cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda"):
-        model = torch.compile(model)
+        if cfg.model.activation_checkpointing:
+            # in one graph, torch 2.11 cannot recompute layers whose inputs vary in length
+            for layer in model.encoder.layers:
+                layer.compile()
+        else:
+            model = torch.compile(model)
     if world == 1:
         return model
     # the only buffers are ALiBi's slopes, the same everywhere: broadcasting them costs a collective
@@ -78,16 +83,18 @@ def uses_triton(cfg: EncoderConfig, device: torch.device) -> bool:
     return attention_backend(device.type, cfg.attention, cfg.attention_dropout)[0] == "triton"
 
 
+def pin(device: torch.device, *tensors: Tensor | None) -> list[Tensor | None]:
+    """Tensors of the host, ready for copies to `device` that the host does not wait for."""
+    return [t.pin_memory() if t is not None and device.type == "cuda" else t for t in tensors]
+
+
 def build(batches: Batches, m: int, use_triton: bool, device: torch.device
           ) -> tuple[Batch, Tensor | None]:
-    """Micro-batch m and, for the Triton kernels, the list of what to do in it, ready to be copied
-    to the device."""
+    """Micro-batch m and, for the Triton kernels, the list of what to do in it, pinned."""
     batch = batches(m)
     tiles = attention_tiles(batch.cu_seqlens) if use_triton else None
-    if device.type == "cuda":  # pinned, so that the copy does not wait
-        batch.input_ids, batch.special = batch.input_ids.pin_memory(), batch.special.pin_memory()
-        batch.cu_seqlens = batch.cu_seqlens.pin_memory()
-        tiles = tiles.pin_memory() if use_triton else None
+    flat = pin(device, batch.input_ids, batch.special, batch.cu_seqlens, tiles)
+    batch.input_ids, batch.special, batch.cu_seqlens, tiles = flat
     return batch, tiles
 
 
@@ -110,13 +117,11 @@ class Ahead:
 def model_inputs(ids: Tensor, cu_seqlens: Tensor, tiles: Tensor | None, masked_idx: Tensor,
                  labels: Tensor, seq_len: int, device: torch.device) -> dict:
     """A batch as arguments of MaskedLM: ids (T,), cu_seqlens (B+1,), masked_idx and labels (M,)."""
-    flat = dict(masked_idx=masked_idx, labels=labels)
-    flat["cu_seqlens"] = cu_seqlens.to(device, non_blocking=True)
-    if tiles is not None:
-        flat["tiles"] = tiles.to(device, non_blocking=True)
+    flat = dict(cu_seqlens=cu_seqlens, tiles=tiles, masked_idx=masked_idx, labels=labels)
+    flat = {k: t.to(device, non_blocking=True) for k, t in flat.items() if t is not None}
     for t in flat.values():  # their lengths vary; without this, a compilation for each
         torch._dynamo.maybe_mark_dynamic(t, 0)
-    return dict(input_ids=ids, max_seqlen=seq_len, **flat)
+    return dict(input_ids=ids.to(device, non_blocking=True), max_seqlen=seq_len, **flat)
 
 
 def masked_inputs(batches: Batches, m: int, batch: Batch, tiles: Tensor | None, n_masked: int,
@@ -134,26 +139,28 @@ def evaluate(forward, model: MaskedLM, cfg: TrainConfig, batches: Batches, autoc
     (rank, world), device = processes(), next(model.parameters()).device
     use_triton = uses_triton(cfg.model, device)
     model.eval()
-    totals = torch.zeros(5, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-    for m in range(rank, max(1, cfg.eval_tokens // batches.micro_tokens), world):
-        batch, tiles = build(batches, m, use_triton, device)
-        n_masked = count_masked(batches, m, 0.15)
-        inputs = masked_inputs(batches, m, batch, tiles, n_masked, "80/10/10", 0, device)
+    totals = torch.zeros(6, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+
+    def add_up(inputs: dict, into: Tensor) -> None:
+        torch._dynamo.maybe_mark_dynamic(inputs["input_ids"], 0)  # lengths vary: compiled once
         with autocast:
             loss, n_correct = forward(**inputs)
-        totals[:2] += torch.stack([loss, n_correct]).to(totals)
-        totals[2] += n_masked
+        into += torch.stack([loss, n_correct]).to(into)
+
+    for m in range(rank, max(1, cfg.eval_tokens // batches.micro_tokens), world):
+        built, n_masked = build(batches, m, use_triton, device), count_masked(batches, m, 0.15)
+        add_up(masked_inputs(batches, m, *built, n_masked, "80/10/10", 0, device), totals[:2])
+        totals[4] += n_masked
     alone = one_mask_each(batches(0), batches.tokenizer, cfg.pppl_tokens, EVAL_MICRO_TOKENS)
     for ids, cu_seqlens, masked_idx, labels in list(alone)[rank::world]:
         tiles = attention_tiles(cu_seqlens) if use_triton else None
-        flat = ids.to(device), cu_seqlens, tiles, masked_idx.to(device), labels.to(device)
-        with autocast:
-            loss, _ = forward(**model_inputs(*flat, cfg.seq_len, device))
-        totals[3:] += torch.stack([loss, loss.new_tensor(len(labels))]).to(totals)
+        flat = pin(device, ids, cu_seqlens, tiles, masked_idx, labels)
+        add_up(model_inputs(*flat, cfg.seq_len, device), totals[2:4])
+        totals[5] += len(labels)
     if world > 1:
         dist.all_reduce(totals)
     model.train()
-    loss, n_correct, n, loss_alone, n_alone = totals.tolist()
+    loss, n_correct, loss_alone, _, n, n_alone = totals.tolist()
     found = {"loss": round(loss / n, 5), "accuracy": round(n_correct / n, 5)}
     if n_alone:  # Salazar et al. 2020, arXiv 1910.14659
         found["pseudo_perplexity"] = round(math.exp(min(loss_alone / n_alone, 700.0)), 3)
@@ -166,13 +173,11 @@ def evaluate(forward, model: MaskedLM, cfg: TrainConfig, batches: Batches, autoc
 class StopSignal:
     """SIGTERM or SIGINT: the loop finishes its step, saves and leaves."""
 
-    def __init__(self):
-        self.received = False
-        for s in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(s, self.receive)
+    received = False
 
-    def receive(self, signum, frame) -> None:
-        self.received = True
+    def __init__(self):
+        for s in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(s, lambda *_: setattr(self, "received", True))
 
 
 def agree(seconds: float, stop: bool, group: dist.ProcessGroup | None) -> tuple[float, bool]:
@@ -229,7 +234,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     state = State(model, make_optimizers(cfg, model, device))
     state.begin(start, cfg)
     forward = wrap(model, cfg, device, world)
-    log, stop = RunLog(preset, cfg, start, state), StopSignal()
+    log, stop = RunLog(preset, cfg, start, state, host), StopSignal()
     ahead = Ahead(batches, state.micro + rank, world, uses_triton(cfg.model, device), device)
     model.train()
     if cfg.compile == "on" or device.type == "cuda":

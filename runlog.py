@@ -46,8 +46,9 @@ class Clock:
 class RunLog:
     """Log and costs of one run. Every process calls it; the first one prints and writes."""
 
-    def __init__(self, preset: str, cfg: TrainConfig, start: Start, state: State):
-        self.cfg, self.run, paid = cfg, start.run, start.progress
+    def __init__(self, preset: str, cfg: TrainConfig, start: Start, state: State,
+                 host: dist.ProcessGroup | None = None):
+        self.cfg, self.run, self.host, paid = cfg, start.run, host, start.progress
         self.rank, self.world = processes()
         self.device = device = next(state.model.parameters()).device
         name, on_gpu = device_name(device), device.type == "cuda"
@@ -154,9 +155,10 @@ class RunLog:
         """A line about the steps since the one before; the only wait for the device. SystemExit if
         their loss is not finite or more than twice what knowing nothing costs, log(vocabulary)."""
         step, tokens, seconds = self.since
-        sums = torch.cat([self.sums, self.sums.new_tensor([self.n_masked, self.n_documents])])
+        own = [*self.sums.tolist(), self.n_masked, self.n_documents]
+        sums = torch.tensor(own, dtype=torch.float64)
         if self.world > 1:
-            dist.all_reduce(sums)
+            dist.all_reduce(sums, group=self.host)
         loss, n_correct, n_masked, n_documents = sums.tolist()
         loss, accuracy, tokens = loss / n_masked, n_correct / n_masked, state.tokens - tokens
         tok_per_s = tokens / (state.train_seconds - seconds)

@@ -1,4 +1,4 @@
-"""A small prepared corpus for the tests that train: real C4 text where it is at hand, else Python's own docstrings."""
+"""A small prepared corpus for the tests that train: C4 where it is at hand, else docstrings."""
 
 import ast
 import itertools
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests download nothing; read when the hub's client is imported
+# tests download nothing; read when the hub's client is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import prepare_c4
 
@@ -23,17 +24,22 @@ def some_documents(n: int) -> list[str]:
     texts = []
     for path in sorted(Path(os.__file__).parent.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_bytes())):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and ast.get_docstring(node):
-                texts.append(ast.get_docstring(node))
-    return sorted(set(texts))[:n]
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+                texts.append(ast.get_docstring(node) or "")
+    return sorted({*texts} - {""})[:n]
+
+
+def prepare_texts(folder: Path, texts: list[str], **options) -> Path:
+    """The folder that prepare_c4.py makes of these texts, in `folder`."""
+    source, out = folder / "documents.jsonl", folder / "prepared"
+    source.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+    options |= dict(source=str(source), out=str(out), val_fraction=0.1, workers=1)
+    prepare_c4.prepare(prepare_c4.Config(**options))
+    return out
 
 
 @pytest.fixture(scope="session")
 def corpus_dir(tmp_path_factory) -> Path:
     """A folder as prepare_c4.py makes it: 400 documents, 800 vocabulary entries."""
     folder = tmp_path_factory.mktemp("corpus")
-    source = folder / "documents.jsonl"
-    source.write_text("".join(json.dumps({"text": t}) + "\n" for t in some_documents(400)), encoding="utf-8")
-    out = folder / "prepared"
-    prepare_c4.prepare(prepare_c4.Config(source=str(source), out=str(out), vocab_size=800, val_fraction=0.1, workers=1))
-    return out
+    return prepare_texts(folder, some_documents(400), vocab_size=800)

@@ -23,34 +23,33 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import some_documents
+from conftest import prepare_texts, some_documents
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import checkpoint
-import prepare_c4
 import pretrain
 import recipes
 from batches import Batches, count_masked, mask_tokens
 from checkpoint import State
 from corpus.shards import Corpus
 from corpus.tokenizer import Tokenizer
-from model import EncoderConfig, MaskedLM
+from model import EncoderConfig, MaskedLM, find_checkpoints
 from recipes import TrainConfig, lr_scale, masking_rate, mean_masking_rate
+from records import read_json
 
 ROOT = Path(__file__).parents[1]
 SHAPE = "--model.n_layers 1 --model.d_model 32 --model.d_ff 64 --model.n_heads 2"
-SMALL = (
-    "--seq_len 32 --batch_tokens 512 --micro_tokens 512 --device cpu --dtype float32 --log_every 1 --eval_tokens 512"
-)
-SMALL += " --pppl_tokens 40"
+SMALL = ("--seq_len 32 --batch_tokens 512 --micro_tokens 512 --device cpu --dtype float32 "
+         "--log_every 1 --eval_tokens 512 --pppl_tokens 40")
 FAST = f"{SHAPE} {SMALL}"
 NEVER = 1_000_000  # steps
 CPU = torch.device("cpu")
 
 
-# ----------------------------------------------------------------------------- running it
+# ------------------------------------------------------------ running it
 
 
 def command(corpus, out, args, preset="mosaic-tiny") -> list[str]:
@@ -58,7 +57,7 @@ def command(corpus, out, args, preset="mosaic-tiny") -> list[str]:
 
 
 def live(argv: list[str], env: dict[str, str], output: str, fault) -> None:
-    """What a process of `start` does: pretrain.py from the command line on, with `fault` built in before."""
+    """What a process of `start` does: pretrain.py from the command line on, with a `fault`."""
     os.environ.update(env)
     os.chdir(ROOT)
     sys.argv = argv
@@ -72,9 +71,9 @@ def live(argv: list[str], env: dict[str, str], output: str, fault) -> None:
 
 @functools.cache
 def forks():
-    """Processes that have imported everything already begin in milliseconds: this file needs eighty of them."""
+    """Processes that have imported everything begin in milliseconds: this file needs eighty."""
     context, path = multiprocessing.get_context("forkserver"), os.environ.get("PYTHONPATH")
-    context.set_forkserver_preload(["test_pretrain", "torch._dynamo"])  # the latter comes with the first step
+    context.set_forkserver_preload(["test_pretrain", "torch._dynamo"])
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     multiprocessing.forkserver.ensure_running()
     os.environ.pop("PYTHONPATH")
@@ -84,13 +83,14 @@ def forks():
 
 
 class Life:
-    """pretrain.py in `procs` processes that talk as torchrun has them talk, until it ends or is killed."""
+    """pretrain.py in `procs` processes, as torchrun has them, until it ends or is killed."""
 
     def __init__(self, argv: list[str], output: Path, procs: int, fault):
         self.output = output
         with socket.socket() as s:
             s.bind(("localhost", 0))
-            where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": str(procs)}
+            where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(s.getsockname()[1]),
+                     "WORLD_SIZE": str(procs)}
         output.touch()
         self.processes = []
         for rank in range(procs):
@@ -120,7 +120,8 @@ class Life:
 
 def start(corpus, out, args, preset="mosaic-tiny", procs=1, fault=None) -> Life:
     out.parent.mkdir(parents=True, exist_ok=True)
-    return Life(command(corpus, out, args, preset), out.with_name(f"{out.name}-{time.time_ns()}.txt"), procs, fault)
+    return Life(command(corpus, out, args, preset),
+                out.with_name(f"{out.name}-{time.time_ns()}.txt"), procs, fault)
 
 
 def run(*args, code=0, **kwargs) -> str:
@@ -145,11 +146,11 @@ def here(monkeypatch, capsys):
         signal.signal(s, handler)
 
 
-# ----------------------------------------------------------------------------- faults built into a process
+# ------------------------------------------------- faults built into a process
 
 
 def signal_at(name: str, nth: int, signum: int = signal.SIGKILL) -> None:
-    """Send this process a signal when it calls os.<name> for the nth time: SIGKILL comes before the call is made."""
+    """Send this process a signal before it calls os.<name> for the nth time."""
     original, calls = getattr(os, name), []
 
     def call(*args, **kwargs):
@@ -174,28 +175,25 @@ def die_in_torch_save(nth: int) -> None:
     torch.save = save
 
 
-def spoil_forward(calls: range, what: str | signal.Signals = "loss", rank: int = 0) -> None:
-    """In training forwards `calls` (from 1) on `rank`: a loss that is not finite, a gradient that is not, a signal."""
+def spoil_forward(calls: range, signum: int = 0, rank: int = 0) -> None:
+    """In training forwards `calls` (from 1) on `rank`: a signal, or a loss that is not finite."""
     if int(os.environ.get("RANK", 0)) != rank:
         return
     original, seen = MaskedLM.forward, []
 
     def forward(self, *args, **kwargs):
-        loss, right = original(self, *args, **kwargs)
+        loss, n_correct = original(self, *args, **kwargs)
         seen.extend([1] * self.training)
-        if self.training and len(seen) in calls:
-            if isinstance(what, signal.Signals):
-                os.kill(os.getpid(), what)
-            elif what == "loss":
-                loss = loss * math.nan
-            else:
-                loss = loss + (loss - loss.detach()).sqrt()  # the root of zero is zero, its slope infinite
-        return loss, right
+        if self.training and len(seen) in calls and signum:
+            os.kill(os.getpid(), signum)
+        elif self.training and len(seen) in calls:
+            loss = loss * math.nan
+        return loss, n_correct
 
     MaskedLM.forward = forward
 
 
-# ----------------------------------------------------------------------------- reading what it wrote
+# ------------------------------------------------------------ reading what it wrote
 
 
 def records(folder: Path, kind: str) -> dict[int, dict]:
@@ -205,11 +203,16 @@ def records(folder: Path, kind: str) -> dict[int, dict]:
 
 
 def losses(folder: Path) -> torch.Tensor:
-    return torch.tensor([r["loss"] for _, r in sorted(records(folder, "train").items())], dtype=torch.float64)
+    return torch.tensor([r["loss"] for _, r in sorted(records(folder, "train").items())],
+                        dtype=torch.float64)
+
+
+def assert_same_curve(a: Path, b: Path) -> None:
+    torch.testing.assert_close(losses(a), losses(b), atol=2e-5, rtol=0)  # the log has five digits
 
 
 def settings(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text())["train"]
+    return read_json(folder / "config.json")["train"]
 
 
 def trainer(folder: Path, step: int) -> dict:
@@ -218,6 +221,11 @@ def trainer(folder: Path, step: int) -> dict:
 
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(folder / f"ckpt/step_{step:08d}/model.safetensors")
+
+
+def assert_finite(checkpoint: Path) -> None:
+    saved = load_file(checkpoint / "model.safetensors")
+    assert all(w.isfinite().all() for w in saved.values())
 
 
 def assert_same_checkpoint(a: Path, b: Path) -> None:
@@ -237,49 +245,45 @@ def one_line(e: pytest.ExceptionInfo) -> str:
     return text
 
 
-# ----------------------------------------------------------------------------- corpora and a finished run
-
-
-def prepare(folder: Path, texts: list[str], **options) -> Path:
-    source = folder / "documents.jsonl"
-    source.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
-    out = folder / "prepared"
-    prepare_c4.prepare(prepare_c4.Config(source=str(source), out=str(out), val_fraction=0.1, workers=1, **options))
-    return out
+# -------------------------------------------------- corpora and a finished run
 
 
 @pytest.fixture(scope="module")
 def other_corpus(corpus_dir, tmp_path_factory):
     """Other documents, the same tokenizer."""
-    return prepare(tmp_path_factory.mktemp("other"), some_documents(600)[400:], tokenizer=str(corpus_dir))
+    return prepare_texts(tmp_path_factory.mktemp("other"), some_documents(600)[400:],
+                   tokenizer=str(corpus_dir))
 
 
 @pytest.fixture(scope="module")
 def foreign_corpus(tmp_path_factory):
     """Another tokenizer of the same size."""
-    return prepare(tmp_path_factory.mktemp("foreign"), some_documents(600)[400:], vocab_size=800)
+    folder = tmp_path_factory.mktemp("foreign")
+    return prepare_texts(folder, some_documents(600)[400:], vocab_size=800)
 
 
-STEM = f"{FAST} --micro_tokens 256 --optimizer adamw --lr 1e-2 --max_steps 50 --checkpoint_every 10 --eval_every 50"
-STEM += " --pppl_tokens 256 --masking linear:0.3:0.15"
+STEM = f"{FAST} --micro_tokens 256 --optimizer adamw --lr 1e-2 --max_steps 50"
+STEM += " --checkpoint_every 10 --eval_every 50 --pppl_tokens 256 --masking linear:0.3:0.15"
 
 
 @pytest.fixture(scope="module")
 def stem(corpus_dir, tmp_path_factory):
-    """A finished run, cool-down from step 40 to 50; adamw, because muon's bfloat16 makes 1e-3 of a last bit."""
+    """A finished run, cool-down from step 40 to 50; muon's bfloat16 makes 1e-3 of a last bit."""
     out = tmp_path_factory.mktemp("stem")
     run(corpus_dir, out, STEM, preset="nano-tiny")
     return out / "nano-tiny"
 
 
-CURVE = f"{FAST} --micro_tokens 128 --max_steps 50 --masking linear:0.1:0.4 --eval_every 25 --checkpoint_every 25"
-# muon works in bfloat16, where a difference of 1e-7 may become 1e-3: at a higher lr the curves part by 4e-5 in 50 steps
-OPTIMIZER = {"mosaic-tiny": "--optimizer adamw --lr 1e-2", "bert-tiny": "--optimizer muon --lr 2e-3"}
+CURVE = f"{FAST} --micro_tokens 128 --max_steps 50 --masking linear:0.1:0.4"
+CURVE += " --eval_every 25 --checkpoint_every 25"
+# muon's bfloat16 makes 1e-3 of 1e-7: at a higher lr the curves part by 4e-5 in 50 steps
+OPTIMIZER = {"mosaic-tiny": "--optimizer adamw --lr 1e-2",
+             "bert-tiny": "--optimizer muon --lr 2e-3"}
 
 
 @pytest.fixture(scope="module")
 def curve(corpus_dir, tmp_path_factory):
-    """preset, processes -> folder of a run of 50 steps: four micro-batches a step, with other numbers of masks each."""
+    """preset, processes -> folder of a run of 50 steps, each of four micro-batches."""
 
     @functools.cache
     def folder(preset: str, procs: int) -> Path:
@@ -290,34 +294,23 @@ def curve(corpus_dir, tmp_path_factory):
     return folder
 
 
-# ----------------------------------------------------------------------------- schedules
+# ------------------------------------------------------------ schedules
 
 
-@pytest.mark.parametrize(
-    ("spec", "values"),  # at 0, 1/4, 1/2 and 1 of the run
-    [
-        ("constant:0.3", [0.3, 0.3, 0.3, 0.3]),
-        ("linear:0.3:0.15", [0.3, 0.2625, 0.225, 0.15]),
-        ("cosine:0.3:0.15", [0.3, 0.15 + 0.075 * (1 + math.cos(math.pi / 4)), 0.225, 0.15]),
-        ("step:0.3:0.15@0.5", [0.3, 0.3, 0.15, 0.15]),
-    ],
-)
-def test_masking_schedules(spec, values):
+@pytest.mark.parametrize(("spec", "mean", "values"), [  # values at 0, 1/4, 1/2 and 1 of the run
+    ("constant:0.3", 0.3, [0.3, 0.3, 0.3, 0.3]),
+    ("linear:0.3:0.15", 0.225, [0.3, 0.2625, 0.225, 0.15]),
+    ("cosine:0.3:0.15", 0.225, [0.3, 0.225 + 0.075 * math.cos(math.pi / 4), 0.225, 0.15]),
+    ("step:0.3:0.15@0.5", 0.225, [0.3, 0.3, 0.15, 0.15]),
+])
+def test_masking_schedules(spec, mean, values):
     assert [masking_rate(spec, done) for done in (0.0, 0.25, 0.5, 1.0)] == pytest.approx(values)
+    assert mean_masking_rate(spec) == pytest.approx(mean, abs=2e-4), "of a thousand points"
 
 
-@pytest.mark.parametrize(
-    ("spec", "mean"),
-    [("constant:0.4", 0.4), ("linear:0.3:0.15", 0.225), ("cosine:0.3:0.15", 0.225), ("step:0.3:0.1@0.25", 0.15)],
-)
-def test_speed_and_flops_follow_the_mean_masking_rate_of_a_run(spec, mean):
-    assert mean_masking_rate(spec) == pytest.approx(mean, abs=2e-4)  # a step falls between two of a thousand points
-
-
-UNREADABLE = ["", "0.3", "constant", "linear:0.3", "step:0.3:0.15", "wave:0.1:0.2", "constant:1.5"]
-
-
-@pytest.mark.parametrize("spec", [*UNREADABLE, "constant:0.3:0.15", "linear:0.3:0.15@0.5", "cosine:0.3:0.15:0.1"])
+@pytest.mark.parametrize("spec", ["", "0.3", "constant", "linear:0.3", "step:0.3:0.15",
+                                  "wave:0.1:0.2", "constant:1.5", "constant:0.3:0.15",
+                                  "linear:0.3:0.15@0.5", "cosine:0.3:0.15:0.1"])
 def test_a_masking_schedule_that_cannot_be_read_is_one_line(spec):
     with pytest.raises(SystemExit, match="error: --masking"):
         masking_rate(spec, 0.0)
@@ -325,9 +318,11 @@ def test_a_masking_schedule_that_cannot_be_read_is_one_line(spec):
 
 def test_learning_rate_schedules():
     linear = TrainConfig(schedule="linear", warmup=0.1, final_lr=0.02)
-    assert [lr_scale(linear, None, d) for d in (0, 0.05, 0.1, 0.55, 1.0)] == pytest.approx([0, 0.5, 1, 0.51, 0.02])
+    scales = [lr_scale(linear, None, done) for done in (0, 0.05, 0.1, 0.55, 1.0)]
+    assert scales == pytest.approx([0, 0.5, 1, 0.51, 0.02])
     wsd = TrainConfig(schedule="wsd", warmup=0.1, cooldown=0.2, final_lr=0.0)
-    assert [lr_scale(wsd, None, d) for d in (0.05, 0.1, 0.8, 0.9, 1.0)] == pytest.approx([0.5, 1, 1, 0.5, 0])
+    scales = [lr_scale(wsd, None, done) for done in (0.05, 0.1, 0.8, 0.9, 1.0)]
+    assert scales == pytest.approx([0.5, 1, 1, 0.5, 0])
 
 
 def test_paper_recipes():
@@ -335,36 +330,34 @@ def test_paper_recipes():
     for name, (_, cfg) in presets.items():
         family, size = name.split("-")
         assert size in ("tiny", "small") or cfg.batch_tokens == 4_096 * 128
-        ours = "constant:0.4" if size in ("tiny", "small") else "linear:0.3:0.15"
-        assert cfg.masking == {"mosaic": "constant:0.3", "bert": "constant:0.15", "nano": ours}[family]
-    base, large = presets["mosaic-base"][1], presets["mosaic-large"][1]
-    assert (base.lr, base.betas, base.eps, base.warmup, base.final_lr) == (5e-4, (0.9, 0.98), 1e-6, 0.06, 0.02)
-    assert {c.optimizer for n, (_, c) in presets.items() if n.endswith(("base", "large"))} == {"adamw", "muon"}
-    for cfg in (base, large, presets["bert-base"][1], presets["bert-large"][1]):
+        if family != "nano":
+            assert cfg.masking == {"mosaic": "constant:0.3", "bert": "constant:0.15"}[family]
+    base = presets["mosaic-base"][1]
+    assert (base.lr, base.betas, base.eps) == (5e-4, (0.9, 0.98), 1e-6)
+    assert (base.warmup, base.final_lr) == (0.06, 0.02)
+    for name in ("mosaic-base", "mosaic-large", "bert-base", "bert-large"):
+        cfg = presets[name][1]
         assert (cfg.optimizer, cfg.schedule) == ("adamw", "linear")
         # torch's decay is lr × wd; the paper's is 1e-5 whatever the learning rate
         assert cfg.lr * cfg.weight_decay == pytest.approx(1e-5)
     assert presets["bert-base"][1].model.attention_dropout == 0.1
     assert base.model.attention_dropout == 0.0
+    nano = dict(optimizer="muon", schedule="wsd", masking="linear:0.3:0.15")
+    assert presets["nano-base"][1] == replace(base, **nano)
+    nano |= dict(masking="constant:0.4", muon_lr=0.01)
+    assert presets["nano-tiny"][1] == replace(presets["mosaic-tiny"][1], **nano)
 
 
-@pytest.mark.parametrize("size", ["tiny", "small", "base", "large"])
-def test_nano_presets_are_mosaicberts_shape_with_our_recipe(size):
-    nano, mosaic = (recipes.make_presets()[f"{family}-{size}"][1] for family in ("nano", "mosaic"))
-    ours = dict(optimizer="muon", schedule="wsd", masking="linear:0.3:0.15")
-    if size in ("tiny", "small"):  # as the ablations have it, LOG.md
-        ours |= dict(masking="constant:0.4", muon_lr=0.01)
-    assert nano == replace(mosaic, **ours)
-
-
-# ----------------------------------------------------------------------------- a run
+# ------------------------------------------------------------ a run
 
 
 def test_a_run_learns_logs_and_leaves_checkpoints_others_can_read(corpus_dir, tmp_path):
     """From the shell, as a user does it."""
-    flags = f"{FAST} --max_steps 60 --lr 1e-2 --log_every 10 --eval_every 0.05 --checkpoint_every 0.5"
+    flags = f"{FAST} --max_steps 60 --lr 1e-2 --log_every 10 --eval_every 0.05"
+    flags += " --checkpoint_every 0.5"
     argv = command(corpus_dir, tmp_path, flags)
-    shell = dict(cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    shell = dict(cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
+                 text=True, timeout=120)
     done = subprocess.run([sys.executable, *argv], **shell)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "mosaic-tiny"
@@ -383,25 +376,25 @@ def test_a_run_learns_logs_and_leaves_checkpoints_others_can_read(corpus_dir, tm
     assert train[60]["mfu"] is None and train[60]["dollars"] == 0
     assert train[60]["gpu_seconds"] == train[60]["train_seconds"] > train[10]["train_seconds"] > 0
     made = settings(folder)
-    stream = Batches([Corpus(corpus_dir)], Tokenizer.load(corpus_dir), 32, made["micro_tokens"], "all", made["seed"])
+    stream = Batches([Corpus(corpus_dir)], Tokenizer.load(corpus_dir), 32, made["micro_tokens"],
+                     "all", made["seed"])
     a_step = 512 // made["micro_tokens"]
-    windows = sum(stream(m).n_documents for m in range(50 * a_step, 60 * a_step))  # since the line before
+    windows = sum(stream(m).n_documents for m in range(50 * a_step, 60 * a_step))  # since step 50
     assert train[60]["padding_avoided"] == pytest.approx(1 - 10 * 512 / (windows * 32), abs=1e-4)
-    whole_run = train[60]["tokens"] / train[60]["train_seconds"]  # evaluation and saving in between do not count
-    assert min(r["tok_per_s"] for r in train.values()) <= whole_run <= max(r["tok_per_s"] for r in train.values())
+    speeds = [r["tok_per_s"] for r in train.values()]  # evaluation and saving do not count
+    assert min(speeds) <= train[60]["tokens"] / train[60]["train_seconds"] <= max(speeds)
     header = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
-    assert (
-        header["type"] == "header" and header["family"] == "mosaic" and "pretrain.py mosaic-tiny" in header["command"]
-    )
-    config = json.loads((folder / "config.json").read_text())
-    assert config["model"]["d_model"] == 32 and config["train"]["lr"] == 1e-2 and config["preset"] == "mosaic-tiny"
-    steps = [p.name for p in pretrain.find_checkpoints(folder)]
+    assert (header["type"] == "header" and header["family"] == "mosaic"
+            and "pretrain.py mosaic-tiny" in header["command"])
+    config = read_json(folder / "config.json")
+    assert config["model"]["d_model"] == 32 and config["train"]["lr"] == 1e-2
+    steps = [p.name for p in find_checkpoints(folder)]
     assert steps == ["step_00000030", "step_00000060"]
     last = folder / "ckpt" / steps[-1]
-    progress = json.loads((last / "progress.json").read_text())
+    progress = read_json(last / "progress.json")
     assert progress["finished"] and progress["step"] == 60 and progress["tokens"] == 60 * 512
-    assert (last / "tokenizer.tiktoken").read_bytes() == (corpus_dir / "tokenizer.tiktoken").read_bytes()
-    assert load_file(last / "model.safetensors")["encoder.embeddings.word.weight"].shape == (832, 32)
+    assert Tokenizer.load(last).same_as(Tokenizer.load(corpus_dir))
+    assert weights(folder, 60)["encoder.embeddings.word.weight"].shape == (832, 32)
     again = run(corpus_dir, tmp_path, flags)
     assert "is finished" in again
     other = run(corpus_dir, tmp_path, f"{FAST} --max_steps 60 --lr 1e-3", code=1)
@@ -410,26 +403,30 @@ def test_a_run_learns_logs_and_leaves_checkpoints_others_can_read(corpus_dir, tm
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_optimizers_hold_every_parameter_once_with_the_settings_given(kind):
-    cfg = TrainConfig(optimizer=kind, lr=3e-4, muon_lr=7e-3, betas=(0.8, 0.7), eps=1e-5, weight_decay=0.3)
+    cfg = TrainConfig(optimizer=kind, lr=3e-4, muon_lr=7e-3, betas=(0.8, 0.7), eps=1e-5,
+                      weight_decay=0.3)
     shape = dict(vocab_size=64, n_layers=2, n_heads=2, d_model=16, d_ff=16, position="learned")
     model = MaskedLM(EncoderConfig(**shape))
     names = {id(p): name for name, p in model.named_parameters()}
     groups = [g for o, _ in pretrain.make_optimizers(cfg, model, CPU) for g in o.param_groups]
     assert sorted(names[id(p)] for g in groups for p in g["params"]) == sorted(names.values())
     adam, *muon = groups
-    assert (adam["lr"], adam["betas"], adam["eps"], adam["weight_decay"]) == (3e-4, (0.8, 0.7), 1e-5, 0.3)
-    assert [(g["lr"], g["weight_decay"], g["momentum"]) for g in muon] == [(7e-3, 0.3, 0.95)] * (kind == "muon")
+    found = [adam[k] for k in ("lr", "betas", "eps", "weight_decay")]
+    assert found == [3e-4, (0.8, 0.7), 1e-5, 0.3] and len(muon) == (kind == "muon")
+    assert all((g["lr"], g["weight_decay"], g["momentum"]) == (7e-3, 0.3, 0.95) for g in muon)
     matrices = r"encoder\.layers\.\d\.(attention\.qkv|attention_out|mlp\.inp|mlp\.out)\.weight"
     expected = {name for name in names.values() if kind == "muon" and re.fullmatch(matrices, name)}
     assert {names[id(p)] for g in muon for p in g["params"]} == expected
 
 
 def predictions(model: MaskedLM, batches: Batches, n: int, rate: float, seed: int):
-    """(logits, labels) of the masked tokens of each of the first n micro-batches, as pretrain.py masks them."""
+    """(logits, labels) of the masked tokens of each of the first n micro-batches."""
     for m in range(n):
         batch, n_masked = batches(m), count_masked(batches, m, rate)
-        ids, masked, labels = mask_tokens(batch, batches.tokenizer, n_masked, "80/10/10", seed, m, CPU)
-        yield model(ids, cu_seqlens=batch.cu_seqlens, max_seqlen=batches.seq_len, masked_idx=masked), labels
+        ids, masked, labels = mask_tokens(batch, batches.tokenizer, n_masked, "80/10/10", seed, m,
+                                          CPU)
+        yield model(ids, cu_seqlens=batch.cu_seqlens, max_seqlen=batches.seq_len,
+                    masked_idx=masked), labels
 
 
 def test_each_optimizer_steps_at_its_own_rate(corpus_dir, tmp_path, monkeypatch, here):
@@ -444,16 +441,17 @@ def test_each_optimizer_steps_at_its_own_rate(corpus_dir, tmp_path, monkeypatch,
 def test_a_step_follows_the_gradient_of_the_mean_over_the_whole_batch(
     corpus_dir, tmp_path, monkeypatch, here, clip, documents
 ):
-    """SGD in AdamW's place, which would not feel a wrong scale. Weights, order and masks are those of --seed."""
+    """SGD in AdamW's place, which would not feel a wrong scale. All else follows --seed."""
     sgd = lambda cfg, model, _: [(torch.optim.SGD(model.parameters()), cfg.lr)]
     monkeypatch.setattr(pretrain, "make_optimizers", sgd)
     args = f"{FAST} --micro_tokens 128 --max_steps 1 --warmup 0 --lr 0.5 --seed 3 --pppl_tokens 0"
     here(command(corpus_dir, tmp_path, f"{args} --documents {documents} --grad_clip {clip}"))
     folder, tokenizer = tmp_path / "mosaic-tiny", Tokenizer.load(corpus_dir)
     torch.manual_seed(3)
-    model = MaskedLM(EncoderConfig(**json.loads((folder / "config.json").read_text())["model"]))
+    model = MaskedLM(EncoderConfig(**read_json(folder / "config.json")["model"]))
     batches = Batches([Corpus(corpus_dir)], tokenizer, 32, 128, documents, 3)
-    losses = [F.cross_entropy(*found, reduction="none") for found in predictions(model, batches, 4, 0.3, 3)]
+    found = predictions(model, batches, 4, 0.3, 3)
+    losses = [F.cross_entropy(*x, reduction="none") for x in found]
     if documents == "all":
         assert len({len(x) for x in losses}) > 1, "other numbers of masks in each"
     torch.cat(losses).mean().backward()
@@ -462,21 +460,24 @@ def test_a_step_follows_the_gradient_of_the_mean_over_the_whole_batch(
     scale = 0.5 * (clip / norm if clip else 1)
     after = weights(folder, 1)
     for name, p in model.named_parameters():
-        torch.testing.assert_close(after[name], p.detach() - scale * p.grad, atol=1e-6, rtol=1e-4, msg=name)
+        torch.testing.assert_close(after[name], p.detach() - scale * p.grad, atol=1e-6, rtol=1e-4,
+                                   msg=name)
 
 
 def test_the_log_has_loss_and_accuracy_of_the_masked_tokens(stem, corpus_dir, tmp_path, here):
-    args = f"{SMALL} --micro_tokens 128 --max_steps 2 --lr 0 --optimizer adamw --seed 3 --log_every 2"
+    args = f"{SMALL} --micro_tokens 128 --max_steps 2 --lr 0 --seed 3 --log_every 2"
+    args += " --optimizer adamw"
     here(command(corpus_dir, tmp_path, f"{args} --start_from {stem}"))
     model, tokenizer = MaskedLM.from_pretrained(stem), Tokenizer.load(corpus_dir)
     batches = Batches([Corpus(corpus_dir)], tokenizer, 32, 128, "all", 3)
     logits, labels = map(torch.cat, zip(*predictions(model, batches, 8, 0.3, 3)))
     logged = records(tmp_path / "mosaic-tiny", "train")[2]
     assert logged["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), abs=2e-5)
-    assert 0 < logged["accuracy"] == pytest.approx((logits.argmax(-1) == labels).double().mean().item(), abs=1e-5)
+    assert 0 < logged["accuracy"] == pytest.approx((logits.argmax(-1)
+                                                    == labels).double().mean().item(), abs=1e-5)
 
 
-def test_dropout_is_another_one_in_every_micro_batch_and_for_every_seed(corpus_dir, tmp_path, monkeypatch, here):
+def test_dropout_differs_between_micro_batches_and_seeds(corpus_dir, tmp_path, monkeypatch, here):
     original, seeds = MaskedLM.forward, {1: [], 2: []}
     for seed, seen in seeds.items():
 
@@ -485,8 +486,8 @@ def test_dropout_is_another_one_in_every_micro_batch_and_for_every_seed(corpus_d
             return original(self, *args, **kwargs)
 
         monkeypatch.setattr(MaskedLM, "forward", spy)
-        args = f"{FAST} --micro_tokens 128 --max_steps 2 --pppl_tokens 0 --seed {seed} --name s{seed}"
-        here(command(corpus_dir, tmp_path, args))
+        args = f"{FAST} --micro_tokens 128 --max_steps 2 --pppl_tokens 0 --seed {seed}"
+        here(command(corpus_dir, tmp_path, f"{args} --name s{seed}"))
     assert len(seeds[1]) == 8 and len({*seeds[1], *seeds[2]}) == 16
 
 
@@ -507,16 +508,7 @@ def test_time_of_evaluation_is_not_training_time(corpus_dir, tmp_path, monkeypat
     monkeypatch.setattr(pretrain, "one_mask_each", lambda *a: time.sleep(1) or original(*a))
     here(command(corpus_dir, tmp_path, f"{FAST} --max_steps 8 --eval_every 2 --checkpoint_every 8"))
     train = records(tmp_path / "mosaic-tiny", "train")
-    assert train[8]["train_seconds"] - train[2]["train_seconds"] < 1  # three evaluations lie between
-
-
-def test_muon_wsd_falling_masks_and_clipping_learn_too(corpus_dir, tmp_path):
-    recipe = "--optimizer muon --schedule wsd --masking linear:0.3:0.15 --grad_clip 1 --lr 1e-2 --documents first"
-    run(corpus_dir, tmp_path, f"{FAST} --max_tokens 20480 --log_every 10 {recipe}", preset="bert-tiny")
-    train = records(tmp_path / "bert-tiny", "train")
-    assert max(train) == 40 and train[40]["loss"] < train[10]["loss"]
-    assert train[40]["masking"] == pytest.approx(0.3 - 0.15 * 39 / 40, abs=1e-3)
-    assert train[20]["lr"] == pytest.approx(1e-2) and train[40]["lr"] < 2e-3
+    assert train[8]["train_seconds"] - train[2]["train_seconds"] < 1, "with three evaluations"
 
 
 def test_a_time_budget_is_kept_and_the_schedule_follows_the_clock(corpus_dir, tmp_path):
@@ -525,18 +517,20 @@ def test_a_time_budget_is_kept_and_the_schedule_follows_the_clock(corpus_dir, tm
     last = train[max(train)]
     assert 3.0 <= last["train_seconds"] < 4.5
     half = min(train.values(), key=lambda r: abs(r["train_seconds"] - 1.5))
-    assert half["lr"] / 2e-3 == pytest.approx(1 - 0.98 * (half["train_seconds"] / 3 - 0.06) / 0.94, abs=0.1)
+    assert half["lr"] / 2e-3 == pytest.approx(1 - 0.98 * (half["train_seconds"] / 3 - 0.06) / 0.94,
+                                              abs=0.1)
 
 
-# ----------------------------------------------------------------------------- one global batch
+# ------------------------------------------------------------ one global batch
 
 
-@pytest.mark.parametrize(("preset", "procs"), [("mosaic-tiny", 2), ("mosaic-tiny", 4), ("bert-tiny", 2)])
+@pytest.mark.parametrize(("preset", "procs"), [("mosaic-tiny", 2), ("mosaic-tiny", 4),
+                                               ("bert-tiny", 2)])
 def test_the_loss_curve_does_not_depend_on_processes_or_accumulation(curve, preset, procs):
-    """Dropout on, rising masking rate, micro-batches with different numbers of masked tokens; evaluation too."""
+    """Dropout on, rising masking rate, other numbers of masks in each micro-batch."""
     one, several = curve(preset, 1), curve(preset, procs)
     assert len(losses(one)) == 50
-    torch.testing.assert_close(losses(several), losses(one), atol=1.1e-5, rtol=0)  # the log keeps five digits
+    assert_same_curve(several, one)
     for step in (25, 50):
         a, b = records(one, "eval")[step], records(several, "eval")[step]
         assert a["loss"] == pytest.approx(b["loss"], abs=1.1e-5)
@@ -546,57 +540,56 @@ def test_the_loss_curve_does_not_depend_on_processes_or_accumulation(curve, pres
 def torchrun(script: str | Path, argv: list[str], *options: str) -> subprocess.Popen:
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-m", "torch.distributed.run", *options, str(script), *argv[1:]]
-    return subprocess.Popen(line, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(line, cwd=ROOT, env=env, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
 
 
-def test_two_nodes_that_meet_through_torchrun_have_the_loss_curve_of_one_process(curve, corpus_dir, tmp_path):
+def test_two_nodes_of_torchrun_have_the_loss_curve_of_one_process(curve, corpus_dir, tmp_path):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    meet = f"--nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_id test --rdzv_endpoint localhost:{port}".split()
+    meet = f"--nnodes 2 --nproc_per_node 1 --rdzv_id x --rdzv_endpoint localhost:{port}"
+    meet = f"{meet} --rdzv_backend c10d".split()
     argv = command(corpus_dir, tmp_path, f"{CURVE} {OPTIMIZER['mosaic-tiny']}")
     agents = [torchrun("pretrain.py", argv, *meet) for _ in range(2)]
     outputs = [a.communicate(timeout=120)[0] for a in agents]
     assert [a.returncode for a in agents] == [0, 0], outputs
-    torch.testing.assert_close(losses(tmp_path / "mosaic-tiny"), losses(curve("mosaic-tiny", 1)), atol=1.1e-5, rtol=0)
-    assert settings(tmp_path / "mosaic-tiny") | {"out": ""} == settings(curve("mosaic-tiny", 1)) | {"out": ""}
+    assert_same_curve(tmp_path / "mosaic-tiny", curve("mosaic-tiny", 1))
+    two, one = settings(tmp_path / "mosaic-tiny"), settings(curve("mosaic-tiny", 1))
+    assert two | {"out": ""} == one | {"out": ""}
 
 
 def test_a_rank_that_is_killed_ends_the_job_and_torchrun_says_why(corpus_dir, tmp_path):
     script = tmp_path / "with_a_fault.py"
-    script.write_text(
-        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        "import pretrain, test_pretrain\n"
-        "test_pretrain.spoil_forward(range(30, 31), test_pretrain.signal.SIGKILL, rank=1)\npretrain.main()\n"
-    )
+    script.write_text(f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+                      "import pretrain, test_pretrain\n"
+                      "test_pretrain.spoil_forward(range(30, 31), 9, rank=1)\npretrain.main()\n")
     argv = command(corpus_dir, tmp_path, f"{CURVE} --checkpoint_every 5")
     began = time.monotonic()
     process = torchrun(script, argv, "--standalone", "--nproc_per_node", "2")
     output = process.communicate(timeout=120)[0]
     assert process.returncode != 0 and time.monotonic() - began < 60
     assert "SIGKILL" in output and "rank      : 1" in output
-    kept = pretrain.find_checkpoints(tmp_path / "mosaic-tiny")
+    kept = find_checkpoints(tmp_path / "mosaic-tiny")
     assert [p.name for p in kept] == ["step_00000005", "step_00000010"]
 
 
-# ----------------------------------------------------------------------------- nothing lost
+# ------------------------------------------------------------ nothing lost
 
 
 def test_resume_is_bit_exact_after_sigkill(corpus_dir, tmp_path):
-    """Killed in the middle of a step, of the optimizer's state on disk, of an fsync and before the rename."""
+    """Killed within a step, the optimizer's state on disk, an fsync, and before the rename."""
     args = f"{FAST} --max_steps 40 --lr 1e-2 --checkpoint_every 5 --eval_every 10 --optimizer muon"
     run(corpus_dir, tmp_path / "whole", args)
-    deaths = [
-        functools.partial(die_in_torch_save, 2),
-        functools.partial(signal_at, "fsync", 9),
-        functools.partial(spoil_forward, range(8, 9), signal.SIGKILL),
-        functools.partial(signal_at, "rename", 3),
-    ]
+    deaths = [functools.partial(die_in_torch_save, 2), functools.partial(signal_at, "fsync", 9),
+              functools.partial(spoil_forward, range(8, 9), signal.SIGKILL),
+              functools.partial(signal_at, "rename", 3)]
     said = [run(corpus_dir, tmp_path / "killed", args, fault=fault, code=-9) for fault in deaths]
     last = run(corpus_dir, tmp_path / "killed", args)
-    begins = ["continuing at step" not in said[0], *(f"at step {n}" in s for n, s in zip((5, 5, 10), said[1:]))]
-    assert all(begins) and "continuing at step 20" in last, said
-    whole, killed = (tmp_path / name / "mosaic-tiny" / "ckpt" / "step_00000040" for name in ("whole", "killed"))
+    assert "continuing at step" not in said[0] and "continuing at step 20" in last
+    assert all(f"continuing at step {n} " in text for n, text in zip((5, 5, 10), said[1:])), said
+    whole, killed = (tmp_path / name / "mosaic-tiny" / "ckpt" / "step_00000040"
+                     for name in ("whole", "killed"))
     assert_same_checkpoint(whole, killed)
     assert torch.equal(losses(whole.parents[1]), losses(killed.parents[1]))
     assert not list(killed.parent.glob("*.tmp"))
@@ -613,12 +606,13 @@ def test_resume_is_bit_exact_after_twenty_kills_at_random_moments(corpus_dir, tm
         time.sleep(moments.uniform(0.0, 0.1))  # steps, evaluation, the next checkpoints
         life.send(signal.SIGKILL)
         codes, output = life.end()
-        assert codes == [-signal.SIGKILL], f"the run must be long enough to be killed 20 times: {output}"
+        assert codes == [-signal.SIGKILL], f"too short to be killed 20 times: {output}"
         kills += 1
-        steps.append(int(pretrain.find_checkpoints(tmp_path / "killed/mosaic-tiny")[-1].name[5:]))
+        steps.append(int(find_checkpoints(tmp_path / "killed/mosaic-tiny")[-1].name[5:]))
     print(f"killed after the checkpoints of steps {steps}")
     run(corpus_dir, tmp_path / "killed", args)
-    whole, killed = (tmp_path / name / "mosaic-tiny/ckpt/step_00000400" for name in ("whole", "killed"))
+    whole, killed = (tmp_path / name / "mosaic-tiny/ckpt/step_00000400"
+                     for name in ("whole", "killed"))
     assert_same_checkpoint(whole, killed)
     assert torch.equal(losses(whole.parents[1]), losses(killed.parents[1]))
 
@@ -631,8 +625,8 @@ def test_sigterm_saves_exits_0_and_the_same_command_continues(corpus_dir, tmp_pa
     life.send(signum)
     codes, output = life.end()
     assert codes == [0] and output.count("the same command continues") == 1
-    (saved,) = pretrain.find_checkpoints(tmp_path / "mosaic-tiny")
-    step = json.loads((saved / "progress.json").read_text())["step"]
+    (saved,) = find_checkpoints(tmp_path / "mosaic-tiny")
+    step = read_json(saved / "progress.json")["step"]
     assert 0 < step < 400
     assert f"continuing at step {step}" in run(corpus_dir, tmp_path, args)
 
@@ -642,21 +636,22 @@ def test_a_run_goes_on_with_another_number_of_processes(corpus_dir, tmp_path):
     args = f"{FAST} --micro_tokens 256 --lr 1e-2 --max_steps 24 --checkpoint_every 8"
     run(corpus_dir, tmp_path / "one", args)
     folder = tmp_path / "two/mosaic-tiny"
-    run(
-        corpus_dir, tmp_path / "two", args, procs=2, fault=functools.partial(spoil_forward, range(8, 9), signal.SIGTERM)
-    )
-    first = json.loads((pretrain.find_checkpoints(folder)[-1] / "progress.json").read_text())
-    assert first["step"] == 8 and first["gpu_seconds"] == pytest.approx(2 * first["train_seconds"], abs=0.01)
+    stop = functools.partial(spoil_forward, range(8, 9), signal.SIGTERM)
+    run(corpus_dir, tmp_path / "two", args, procs=2, fault=stop)
+    first = read_json(find_checkpoints(folder)[-1] / "progress.json")
+    assert first["step"] == 8
+    assert first["gpu_seconds"] == pytest.approx(2 * first["train_seconds"], abs=0.01)
     run(corpus_dir, tmp_path / "two", args)
-    torch.testing.assert_close(losses(folder), losses(tmp_path / "one/mosaic-tiny"), atol=2e-5, rtol=0)
+    assert_same_curve(folder, tmp_path / "one/mosaic-tiny")
     last = json.loads((folder / "ckpt/step_00000024/progress.json").read_text())
     alone = last["train_seconds"] - first["train_seconds"]
-    assert last["gpu_seconds"] == pytest.approx(first["gpu_seconds"] + alone, abs=0.01) and last["dollars"] == 0
+    assert last["gpu_seconds"] == pytest.approx(first["gpu_seconds"] + alone, abs=0.01)
+    assert last["dollars"] == 0
 
 
 @pytest.mark.parametrize("room", [1_000, 150_000])
 def test_a_full_disk_leaves_the_earlier_checkpoint(corpus_dir, tmp_path, room):
-    """The weights do not fit, or they do and the trainer's state does not: one line, nothing half-written."""
+    """The weights do not fit, or only the trainer's state: one line, nothing half-written."""
     resource = pytest.importorskip("resource")
     model = MaskedLM(EncoderConfig(vocab_size=800, n_layers=1, n_heads=2, d_model=32, d_ff=64))
     state = State(model, [(torch.optim.SGD(model.parameters(), momentum=1), 1.0)], step=1)
@@ -668,7 +663,8 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(corpus_dir, tmp_path, room):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
-        with pytest.raises(SystemExit, match=r"error: could not write .*step_00000002 .*earlier") as e:
+        with pytest.raises(SystemExit,
+                           match=r"error: could not write .*step_00000002 .*earlier") as e:
             state.save(start, {"step": 2})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -677,14 +673,16 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(corpus_dir, tmp_path, room):
 
 
 @pytest.mark.parametrize("log_every", [1, 20])
-def test_an_exploding_loss_stops_the_run_and_no_bad_checkpoint_is_kept(corpus_dir, tmp_path, log_every):
-    args = f"{FAST} --max_steps 50 --lr 1e30 --warmup 0.5 --checkpoint_every 1 --eval_every 50 --log_every {log_every}"
+def test_an_exploding_loss_leaves_no_bad_checkpoint(corpus_dir, tmp_path, log_every):
+    args = f"{FAST} --max_steps 50 --lr 1e30 --warmup 0.5 --checkpoint_every 1 --eval_every 50"
+    args += f" --log_every {log_every}"
     output = run(corpus_dir, tmp_path, args, code=1)
-    assert "Traceback" not in output and ("error: the loss " in output or "error: the weights are not" in output)
-    kept = pretrain.find_checkpoints(tmp_path / "mosaic-tiny")
+    assert "Traceback" not in output and ("error: the loss " in output
+                                          or "error: the weights are not" in output)
+    kept = find_checkpoints(tmp_path / "mosaic-tiny")
     assert str(kept[-1]) in output if kept else "last good checkpoint: none" in output
     for saved in kept:
-        assert all(w.isfinite().all() for w in load_file(saved / "model.safetensors").values())
+        assert_finite(saved)
 
 
 def test_a_run_that_never_saved_may_start_again_with_other_settings(corpus_dir, tmp_path):
@@ -697,27 +695,40 @@ def test_a_run_that_never_saved_may_start_again_with_other_settings(corpus_dir, 
     assert [p.name for p in (folder / "ckpt").iterdir()] and not list(folder.glob("ckpt/*.tmp"))
 
 
-# ----------------------------------------------------------------------------- losses that are not finite
+# -------------------------------------------------- losses that are not finite
 
 NAN = f"{FAST} --max_steps 30 --lr 1e-2 --eval_every 30"
 
 
 @pytest.mark.parametrize("log_every", [1, 5])
-def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_steps(corpus_dir, tmp_path, log_every):
+def test_a_loss_that_is_not_finite_ends_the_run(corpus_dir, tmp_path, log_every):
     fault = functools.partial(spoil_forward, range(15, 16), rank=1)
     args = f"{NAN} --micro_tokens 256 --checkpoint_every 2 --log_every {log_every}"
     output = run(corpus_dir, tmp_path, args, procs=2, fault=fault, code=1)
     (last,) = (line for line in output.splitlines() if line.startswith("error"))
     assert f"the loss is nan in steps {16 - log_every} to 15; " in last and "step_00000014" in last
-    kept = pretrain.find_checkpoints(tmp_path / "mosaic-tiny")
+    kept = find_checkpoints(tmp_path / "mosaic-tiny")
     assert kept[-1].name == "step_00000014" and "Traceback" not in output
-    assert all(w.isfinite().all() for w in load_file(kept[-1] / "model.safetensors").values())
+    assert_finite(kept[-1])
+
+
+@pytest.mark.parametrize("preset", ["mosaic-tiny", "bert-tiny"])
+def test_training_and_evaluation_compile_once(corpus_dir, tmp_path, monkeypatch, here, preset):
+    """Though numbers of documents, of masked tokens and, in evaluation, of tokens vary."""
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    args = f"{FAST} --micro_tokens 256 --max_steps 4 --eval_every 2 --compile on --eval_tokens 256"
+    torch._dynamo.reset()
+    here(command(corpus_dir, tmp_path, args, preset))
+    assert counter.frame_count == 2
 
 
 @pytest.mark.slow
-def test_two_compiled_processes_have_the_curve_of_eager_ones(corpus_dir, tmp_path):
+@pytest.mark.parametrize("more", ["", "--model.activation_checkpointing"])
+def test_two_compiled_processes_have_the_curve_of_eager_ones(corpus_dir, tmp_path, more):
     """DistributedDataParallel cuts the compiled graph at its buckets of gradients."""
     args = f"{FAST} --max_steps 8 --eval_every 8 --micro_tokens 256 --optimizer adamw --lr 1e-2"
+    args = f"{args} {more}"
     for mode in ("off", "on"):
         run(corpus_dir, tmp_path / mode, f"{args} --compile {mode}", procs=2)
     eager, compiled = (losses(tmp_path / mode / "mosaic-tiny") for mode in ("off", "on"))
@@ -725,15 +736,16 @@ def test_two_compiled_processes_have_the_curve_of_eager_ones(corpus_dir, tmp_pat
     torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=0)
 
 
-# ----------------------------------------------------------------------------- cool-down branches
+# ------------------------------------------------------------ cool-down branches
 
 
 def branch(stem: Path, step: int, *args: str) -> list[str]:
-    return ["pretrain.py", "nano-tiny", "--cooldown_from", str(stem / f"ckpt/step_{step:08d}"), *args]
+    return ["pretrain.py", "nano-tiny", "--cooldown_from", str(stem / f"ckpt/step_{step:08d}"),
+            *args]
 
 
 def test_a_branch_where_the_cooldown_begins_ends_with_the_weights_of_the_run_itself(stem, here):
-    """Masking from 30 to 15 % too. Every setting comes from the stem, and cost and tokens count on from it."""
+    """Masking from 30 to 15 % too. Settings come from the stem; cost and tokens count on."""
     said = here(branch(stem, 40))
     folder = stem.with_name("nano-tiny-cooldown-40")
     assert "annealing" in said and "step_00000040" in said
@@ -748,9 +760,8 @@ def test_a_branch_where_the_cooldown_begins_ends_with_the_weights_of_the_run_its
             assert a[step][k] == pytest.approx(b[step][k], abs=1e-4), (step, k)
     own = {"name", "cooldown_from", "began_from"}
     assert {k for k, v in settings(folder).items() if v != settings(stem)[k]} == own
-    paid, progress = (
-        json.loads((f / f"ckpt/step_{s:08d}/progress.json").read_text()) for f, s in ((stem, 40), (folder, 50))
-    )
+    paid = read_json(stem / "ckpt/step_00000040/progress.json")
+    progress = read_json(folder / "ckpt/step_00000050/progress.json")
     assert progress["tokens"] == 50 * 512 and progress["finished"]
     for k in ("gpu_seconds", "train_seconds"):
         assert progress[k] > a[41][k] > paid[k] > 0
@@ -758,60 +769,57 @@ def test_a_branch_where_the_cooldown_begins_ends_with_the_weights_of_the_run_its
 
 
 def test_a_killed_branch_continues_to_the_same_bits(stem, tmp_path):
-    args = "--checkpoint_every 2", "--eval_every", "10"
-    faults = {
-        "whole": [],
-        "killed": [
-            (functools.partial(signal_at, "rename", 2), -9),
-            (functools.partial(spoil_forward, range(8, 9), signal.SIGKILL), -9),
-        ],
-        "stopped": [(functools.partial(spoil_forward, range(6, 7), signal.SIGTERM), 0)],
-    }
+    args = "--out", str(tmp_path), "--checkpoint_every", "2", "--eval_every", "10"
+    kill = functools.partial(spoil_forward, range(8, 9), signal.SIGKILL)
+    stop = functools.partial(spoil_forward, range(6, 7), signal.SIGTERM)
+    faults = {"whole": [], "stopped": [(stop, 0)],
+              "killed": [(functools.partial(signal_at, "rename", 2), -9), (kill, -9)]}
     for name, lives in faults.items():
-        argv = branch(stem, 40, "--out", str(tmp_path), "--name", name, *" ".join(args).split())
+        argv = branch(stem, 40, "--name", name, *args)
         for fault, code in [*lives, (None, 0)]:
             codes, output = Life(argv, tmp_path / f"{time.time_ns()}.txt", 1, fault).end()
             assert codes == [code], output
         assert ("continuing at step" in output) == bool(lives)
-        assert_same_checkpoint(tmp_path / name / "ckpt/step_00000050", tmp_path / "whole/ckpt/step_00000050")
+        assert_same_checkpoint(tmp_path / name / "ckpt/step_00000050",
+                               tmp_path / "whole/ckpt/step_00000050")
     assert torch.equal(losses(tmp_path / "whole"), losses(tmp_path / "killed"))
 
 
 def test_a_branch_may_differ_in_any_other_setting(stem, other_corpus, tmp_path, here):
-    here(
-        branch(
-            stem, 40, "--data", str(other_corpus), "--cooldown", "0.5", "--out", str(tmp_path), "--eval_tokens", "256"
-        )
-    )
+    here(branch(stem, 40, "--data", str(other_corpus), "--cooldown", "0.5", "--out", str(tmp_path),
+                "--eval_tokens", "256"))
     folder = tmp_path / "nano-tiny-cooldown-40"
     ours, theirs = settings(folder), settings(stem)
-    assert {k for k, v in ours.items() if v != theirs[k]} == {
-        "name", "cooldown_from", "began_from", "data", "corpus", "cooldown", "out", "eval_tokens"
-    }  # fmt: skip
-    train = records(folder, "train")
+    own = {"name", "cooldown_from", "began_from", "data", "corpus", "cooldown", "out"}
+    assert {k for k, v in ours.items() if v != theirs[k]} == own | {"eval_tokens"}
+    train, of_stem = records(folder, "train"), records(stem, "train")
     assert max(train) == 80, "half of the new whole"
-    assert train[41]["lr"] == pytest.approx(records(stem, "train")[40]["lr"]), "from the stem's at once"
-    assert train[41]["loss"] != records(stem, "train")[41]["loss"]
+    assert train[41]["lr"] == pytest.approx(of_stem[40]["lr"]), "from the stem's at once"
+    assert train[41]["loss"] != of_stem[41]["loss"]
 
 
 def test_a_branch_of_a_run_with_a_time_budget(corpus_dir, tmp_path, here):
-    args = f"{FAST} --max_minutes 0.03 --checkpoint_every 0.5 --eval_every 0.5 --masking linear:0.3:0.15"
+    args = f"{FAST} --max_minutes 0.03 --checkpoint_every 0.5 --eval_every 0.5"
+    args += " --masking linear:0.3:0.15"
     here(command(corpus_dir, tmp_path, args, preset="nano-tiny"))
-    first = pretrain.find_checkpoints(tmp_path / "nano-tiny")[0]
-    there = json.loads((first / "progress.json").read_text())
+    first = find_checkpoints(tmp_path / "nano-tiny")[0]
+    there = read_json(first / "progress.json")
     here(branch(tmp_path / "nano-tiny", there["step"]))
-    last = pretrain.find_checkpoints(tmp_path / f"nano-tiny-cooldown-{there['step']}")[-1]
-    progress = json.loads((last / "progress.json").read_text())
-    assert progress["finished"] and progress["tokens"] == pytest.approx(there["tokens"] / 0.8, abs=512)
+    last = find_checkpoints(tmp_path / f"nano-tiny-cooldown-{there['step']}")[-1]
+    progress = read_json(last / "progress.json")
+    assert progress["finished"]
+    assert progress["tokens"] == pytest.approx(there["tokens"] / 0.8, abs=512)
     train = records(last.parents[1], "train")
     lr = [train[s]["lr"] for s in sorted(train)]
     length = round(there["tokens"] * 0.2 / 0.8)
     assert lr == pytest.approx([2e-3 * (1 - 0.98 * i * 512 / length) for i in range(len(lr))])
-    assert train[max(train)]["masking"] <= train[min(train)]["masking"] < 0.23, "the stem's other half, in what is left"
+    masking = train[min(train)]["masking"], train[max(train)]["masking"]
+    assert 0.23 > masking[0] >= masking[1], "the stem's other half, in what is left"
 
 
 def test_a_branch_of_a_branch_goes_on_from_its_learning_rate(stem, tmp_path, here):
-    here(branch(stem, 20, "--cooldown", "0.5", "--checkpoint_every", "0.5", "--out", str(tmp_path), "--name", "first"))
+    here(branch(stem, 20, "--cooldown", "0.5", "--checkpoint_every", "0.5", "--out", str(tmp_path),
+                "--name", "first"))
     first = records(tmp_path / "first", "train")
     saved = trainer(tmp_path / "first", 30)  # revision 660131b had other names for the same four
     names = {"tokens": "tokens", "share_done": "done", "lr_scale": "factor", "length": "length"}
@@ -820,43 +828,32 @@ def test_a_branch_of_a_branch_goes_on_from_its_learning_rate(stem, tmp_path, her
                tmp_path / "first/ckpt/step_00000030/trainer.pt")
     here(branch(tmp_path / "first", 30, "--cooldown", "0.1", "--name", "second"))
     second = records(tmp_path / "second", "train")
-    assert first[31]["lr"] == pytest.approx(second[31]["lr"], rel=1e-6) and second[32]["lr"] < first[32]["lr"]
+    assert first[31]["lr"] == pytest.approx(second[31]["lr"])
+    assert second[32]["lr"] < first[32]["lr"]
     assert second[31]["masking"] == pytest.approx(first[31]["masking"], abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ("mosaic-tiny --cooldown_from STEM", "is of preset nano-tiny, not mosaic-tiny"),
-        ("nano-tiny --cooldown_from STEM --optimizer muon", "keeps its run's --"),
-        ("nano-tiny --cooldown_from STEM --model.n_layers 2", "keeps its run's --"),
-        ("nano-tiny --cooldown_from no/such/step_00000001", "no/such/step_00000001: no checkpoint"),
-        ("nano-tiny --cooldown-from=no/such/run", "no/such/run: no checkpoint"),
-        ("nano-tiny --cooldown_from STEM --cooldown 0", "needs a --cooldown above 0"),
-        ("nano-tiny --cooldown_from STEM --max_steps 60", "keeps its run's --max_steps"),
-        ("nano-tiny --cooldown_from STEM --start_from elsewhere", "give one of them"),
-        ("nano-tiny --cooldown_from STEM --data FOREIGN", "not the tokenizer of the data"),
-    ],
-)
-def test_a_branch_that_cannot_be_is_one_line_and_leaves_nothing(stem, foreign_corpus, tmp_path, here, args, message):
-    args = args.replace("STEM", str(stem / "ckpt/step_00000040")).replace("FOREIGN", str(foreign_corpus)).split()
+@pytest.mark.parametrize(("args", "message"), [
+    ("mosaic-tiny --cooldown_from STEM", "is of preset nano-tiny, not mosaic-tiny"),
+    ("nano-tiny --cooldown_from STEM --optimizer muon", "keeps its run's --"),
+    ("nano-tiny --cooldown_from STEM --model.n_layers 2", "keeps its run's --"),
+    ("nano-tiny --cooldown_from no/such/step_00000001", "no/such/step_00000001: no checkpoint"),
+    ("nano-tiny --cooldown-from=no/such/run", "no/such/run: no checkpoint"),
+    ("nano-tiny --cooldown_from STEM --cooldown 0", "needs a --cooldown above 0"),
+    ("nano-tiny --cooldown_from STEM --max_steps 60", "keeps its run's --max_steps"),
+    ("nano-tiny --cooldown_from STEM --start_from elsewhere", "give one of them"),
+    ("nano-tiny --cooldown_from STEM --data FOREIGN", "not the tokenizer of the data"),
+])
+def test_a_branch_that_cannot_be_is_one_line(stem, foreign_corpus, tmp_path, here, args, message):
+    args = args.replace("STEM", str(stem / "ckpt/step_00000040"))
+    args = args.replace("FOREIGN", str(foreign_corpus)).split()
     with pytest.raises(SystemExit) as e:
         here(["pretrain.py", args[0], "--out", str(tmp_path / "runs"), *args[1:]])
     assert message in one_line(e)
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_branch_of_a_run_without_readable_settings_is_one_line(stem, tmp_path, here):
-    (tmp_path / "old").mkdir()
-    shutil.copytree(stem / "ckpt/step_00000040", tmp_path / "old/ckpt/step_00000040")
-    (tmp_path / "old/config.json").write_text('{"train": {"lr": 1}}')
-    with pytest.raises(SystemExit) as e:
-        here(branch(tmp_path / "old", 40, "--out", str(tmp_path / "runs")))
-    assert "old/config.json: not the settings of a run" in one_line(e)
-    assert not (tmp_path / "runs").exists()
-
-
-# ----------------------------------------------------------------------------- mixtures
+# ------------------------------------------------------------ mixtures
 
 
 def spy_on_batches(monkeypatch, seq_len: int = 32) -> dict[int, torch.Tensor]:
@@ -865,7 +862,8 @@ def spy_on_batches(monkeypatch, seq_len: int = 32) -> dict[int, torch.Tensor]:
 
     def spy(batch, tokenizer, n, corruption, seed, m, device):
         if seed:  # evaluation's is 0
-            seen[m] = [tuple(d.tolist()) for d in batch.input_ids.tensor_split(batch.cu_seqlens[1:-1].long())]
+            seen[m] = [tuple(d.tolist())
+                       for d in batch.input_ids.tensor_split(batch.cu_seqlens[1:-1].long())]
         return original(batch, tokenizer, n, corruption, seed, m, device)
 
     monkeypatch.setattr(pretrain, "mask_tokens", spy)
@@ -875,11 +873,8 @@ def spy_on_batches(monkeypatch, seq_len: int = 32) -> dict[int, torch.Tensor]:
 def windows(corpus_dir: Path, seq_len: int = 32) -> set[tuple]:
     """Every window of a corpus's training documents, as batches hold it."""
     tokenizer, n = Tokenizer.load(corpus_dir), seq_len - 2
-    return {
-        (tokenizer.cls_id, *document[i : i + n].tolist(), tokenizer.sep_id)
-        for document in Corpus(corpus_dir)
-        for i in range(0, len(document), n)
-    }
+    return {(tokenizer.cls_id, *document[i : i + n].tolist(), tokenizer.sep_id)
+            for document in Corpus(corpus_dir) for i in range(0, len(document), n)}
 
 
 def test_a_mixture_is_drawn_by_its_shares_and_other_shares_are_another_run(
@@ -909,7 +904,8 @@ def test_corpora_with_different_tokenizers_are_refused(corpus_dir, foreign_corpu
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("data", [("a:0.7", "b"), ("a:0", "b:0"), ("a:0.0001", "b:1"), ("a:0", "b:1")])
+@pytest.mark.parametrize("data", [("a:0.7", "b"), ("a:0", "b:0"), ("a:0.0001", "b:1"),
+                                  ("a:0", "b:1")])
 def test_shares_that_are_missing_or_would_never_be_drawn_are_refused(data):
     with pytest.raises(ValueError, match="--data a:0"):
         recipes.read_mixture(data)
@@ -921,34 +917,18 @@ def test_shares_are_read_as_written():
     assert recipes.read_mixture(("a:7", "b:.3")) == (["a", "b"], [7.0, 0.3])
 
 
-# ----------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------ evaluation
 
 
 def padded(documents: list[torch.Tensor], pad_id: int) -> dict[str, torch.Tensor]:
     ids = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True, padding_value=pad_id)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(d) for d in documents], batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(d) for d in documents],
+                                           batch_first=True)
     return {"input_ids": ids, "attention_mask": mask}
 
 
-@torch.no_grad()
-def test_pseudo_perplexity_is_that_of_masking_one_token_at_a_time(stem, corpus_dir):
-    """One document at a time, one token of it at a time, through the padded front door of the model."""
-    model, tokenizer = MaskedLM.from_pretrained(stem).eval(), Tokenizer.load(corpus_dir)
-    batch = Batches([Corpus(corpus_dir, "val")], tokenizer, 32, 512, "all", 0)(0)
-    negative = []
-    for document in batch.input_ids.tensor_split(batch.cu_seqlens[1:-1].long()):
-        hidden = [i for i, t in enumerate(document.tolist()) if t not in (tokenizer.cls_id, tokenizer.sep_id)]
-        if hidden:
-            copies = [document.index_fill(0, torch.tensor([i]), tokenizer.mask_id) for i in hidden]
-            p = model(**padded(copies, tokenizer.pad_id)).log_softmax(-1)[range(len(hidden)), hidden, document[hidden]]
-            negative += (-p).tolist()
-    assert len(negative) > 256, "the preset's pppl_tokens"
-    expected = math.exp(sum(negative[:256]) / 256)
-    assert records(stem, "eval")[50]["pseudo_perplexity"] == pytest.approx(expected, rel=1e-5)
-
-
 def padded_eval_loss(call, corpus_dir: Path) -> float:
-    """Loss of `call` (padded ids and mask -> logits) on evaluation's tokens and masks, one document at a time."""
+    """Loss of `call` (padded ids, mask -> logits) on evaluation's masks, document by document."""
     tokenizer, total, count = Tokenizer.load(corpus_dir), 0.0, 0
     batches = Batches([Corpus(corpus_dir, "val")], tokenizer, 32, 512, "all", 0)
     n = count_masked(batches, 0, 0.15)
@@ -957,7 +937,8 @@ def padded_eval_loss(call, corpus_dir: Path) -> float:
     for a, b in zip(batch.cu_seqlens.tolist(), batch.cu_seqlens[1:].tolist()):
         mine = (masked_idx >= a) & (masked_idx < b)
         logits = call(**padded([ids[a:b]], tokenizer.pad_id))[0, masked_idx[mine] - a]
-        total += torch.nn.functional.cross_entropy(logits.double(), labels[mine], reduction="sum").item()
+        total += torch.nn.functional.cross_entropy(logits.double(), labels[mine],
+                                                   reduction="sum").item()
         count += int(mine.sum())
     assert count == n > 50
     return total / n
@@ -970,15 +951,17 @@ def small_evaluation() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("procs", [1, 2])
 def test_evaluation_adds_up_over_micro_batches_and_processes(corpus_dir, tmp_path, procs):
-    args = f"{FAST} --micro_tokens 256 --max_steps 20 --eval_every 20 --optimizer adamw --lr 3e-2 --warmup 0"
-    args += " --eval_tokens 4096"
+    args = f"{FAST} --micro_tokens 256 --max_steps 20 --eval_every 20 --optimizer adamw"
+    args += " --lr 3e-2 --warmup 0 --eval_tokens 4096"
     run(corpus_dir, tmp_path, args, procs=procs, fault=small_evaluation)
     found = records(tmp_path / "mosaic-tiny", "eval")[20]
-    model, tokenizer = MaskedLM.from_pretrained(tmp_path / "mosaic-tiny").eval(), Tokenizer.load(corpus_dir)
+    model, tokenizer = MaskedLM.from_pretrained(tmp_path
+                                                / "mosaic-tiny").eval(), Tokenizer.load(corpus_dir)
     batches = Batches([Corpus(corpus_dir, "val")], tokenizer, 32, 128, "all", 0)
     logits, labels = map(torch.cat, zip(*predictions(model, batches, 4096 // 128, 0.15, 0)))
     assert found["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), abs=2e-5)
-    assert 0 < found["accuracy"] == pytest.approx((logits.argmax(-1) == labels).double().mean().item(), abs=1.1e-5)
+    assert 0 < found["accuracy"] == pytest.approx((logits.argmax(-1)
+                                                   == labels).double().mean().item(), abs=1.1e-5)
     batch, alone = batches(0), []
     for i in (~batch.special).nonzero().flatten()[:40]:
         hidden = batch.input_ids.index_fill(0, i, tokenizer.mask_id)
@@ -989,8 +972,7 @@ def test_evaluation_adds_up_over_micro_batches_and_processes(corpus_dir, tmp_pat
 
 @torch.no_grad()
 def test_evaluation_is_the_same_whatever_the_training_settings(stem, corpus_dir, tmp_path):
-    """Before a first step has changed the weights. The masks are of 15 %, whatever is trained with; and weights given
-    with --start_from arrive unchanged: their evaluation is that of the run they come from."""
+    """Before a first step has changed the weights; --start_from brings those of the stem."""
     expected = records(stem, "eval")[50]
     loss = padded_eval_loss(MaskedLM.from_pretrained(stem).eval(), corpus_dir)
     assert expected["loss"] == pytest.approx(loss, abs=2e-5)
@@ -1002,18 +984,16 @@ def test_evaluation_is_the_same_whatever_the_training_settings(stem, corpus_dir,
             ("--micro_tokens 128 --batch_tokens 1024", 2),
         ]
     ):
-        run(corpus_dir, tmp_path / str(i), f"{args} --max_steps 2 --eval_every 1 {other}", procs=procs)
-        found = records(tmp_path / str(i) / "mosaic-tiny", "eval")  # step 1 has a learning rate of 0
-        for k, precision in (
-            ("loss", 1.1e-5),
-            ("accuracy", 1.1e-5),
-            ("pseudo_perplexity", 1e-5 * expected["pseudo_perplexity"]),
-        ):
+        run(corpus_dir, tmp_path / str(i), f"{args} --max_steps 2 --eval_every 1 {other}",
+            procs=procs)
+        found = records(tmp_path / str(i) / "mosaic-tiny", "eval")  # lr 0 in step 1
+        for k, precision in (("loss", 1.1e-5), ("accuracy", 1.1e-5),
+                             ("pseudo_perplexity", 1e-5 * expected["pseudo_perplexity"])):
             assert found[1][k] == pytest.approx(expected[k], abs=precision)
         assert found[2]["loss"] != found[1]["loss"], "the second step does change them"
 
 
-# ----------------------------------------------------------------------------- weights from elsewhere
+# ------------------------------------------------------------ weights from elsewhere
 
 
 @pytest.fixture(scope="module")
@@ -1029,13 +1009,15 @@ def bert(tmp_path_factory) -> Path:
     wordpiece.save(str(folder / "tokenizer.json"))
     torch.manual_seed(0)
     shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-    BertForMaskedLM(BertConfig(vocab_size=640, max_position_embeddings=64, **shape)).save_pretrained(folder)
+    BertForMaskedLM(BertConfig(vocab_size=640, max_position_embeddings=64,
+                               **shape)).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def bert_corpus(bert, tmp_path_factory) -> Path:
-    return prepare(tmp_path_factory.mktemp("wordpiece"), some_documents(300), tokenizer=str(bert / "tokenizer.json"))
+    return prepare_texts(tmp_path_factory.mktemp("wordpiece"), some_documents(300),
+                   tokenizer=str(bert / "tokenizer.json"))
 
 
 START = f"{SMALL} --max_steps 8 --lr 1e-2 --checkpoint_every 4 --eval_every 1 --optimizer adamw"
@@ -1051,31 +1033,32 @@ def test_pretraining_goes_on_from_a_bert_saved_by_transformers(bert, bert_corpus
     with torch.no_grad():
         expected = padded_eval_loss(lambda **x: theirs(**x).logits, bert_corpus)
     found = records(folder, "eval")
-    assert found[1]["loss"] == pytest.approx(expected, abs=2e-5), "the first step has a learning rate of 0"
+    assert found[1]["loss"] == pytest.approx(expected,
+                                             abs=2e-5), "the first step has a learning rate of 0"
     assert found[8]["loss"] < found[1]["loss"]
-    assert (folder / "ckpt/step_00000008/tokenizer.json").read_bytes() == (bert_corpus / "tokenizer.json").read_bytes()
-    run(bert_corpus, tmp_path / "killed", args, "bert-tiny", fault=functools.partial(signal_at, "rename", 2), code=-9)
+    assert Tokenizer.load(folder / "ckpt/step_00000008").same_as(Tokenizer.load(bert_corpus))
+    run(bert_corpus, tmp_path / "killed", args, "bert-tiny",
+        fault=functools.partial(signal_at, "rename", 2), code=-9)
     assert "continuing at step 4" in run(bert_corpus, tmp_path / "killed", args, "bert-tiny")
-    assert_same_checkpoint(*(tmp_path / name / "bert-tiny/ckpt/step_00000008" for name in ("whole", "killed")))
+    assert_same_checkpoint(*(tmp_path / name / "bert-tiny/ckpt/step_00000008"
+                             for name in ("whole", "killed")))
     stem = folder / "ckpt/step_00000004"  # a branch of such a run keeps the shape that was brought
     here(["pretrain.py", "bert-tiny", "--cooldown_from", str(stem), "--cooldown", "0.5"])
     last = tmp_path / "whole/bert-tiny-cooldown-4/ckpt/step_00000008"
-    assert load_file(last / "model.safetensors")["encoder.embeddings.word.weight"].shape == (640, 32)
+    words = load_file(last / "model.safetensors")["encoder.embeddings.word.weight"]
+    assert words.shape == (640, 32)
 
 
-@pytest.mark.parametrize(
-    ("weights_of", "data", "more", "message"),
-    [
-        ("stem", "foreign", "", "trained with another tokenizer than"),
-        ("bert", "own", "", "trained with another tokenizer than"),
-        ("stem", "bert", "", "trained with another tokenizer than"),
-        ("stem", "own", "--model.n_layers 1", "brings a shape of its own; leave out --model.n_layers"),
-        ("no/such/folder/anywhere", "own", "", "no checkpoint here"),
-    ],
-)
-def test_weights_that_do_not_fit_the_data_are_one_line(
-    request, corpus_dir, foreign_corpus, bert_corpus, tmp_path, here, weights_of, data, more, message
-):
+@pytest.mark.parametrize(("weights_of", "data", "more", "message"), [
+    ("stem", "foreign", "", "trained with another tokenizer than"),
+    ("bert", "own", "", "trained with another tokenizer than"),
+    ("stem", "bert", "", "trained with another tokenizer than"),
+    ("stem", "own", "--model.n_layers 1", "leave out --model.n_layers"),
+    ("no/such/folder/anywhere", "own", "", "no checkpoint here"),
+])
+def test_weights_that_do_not_fit_the_data_are_one_line(request, corpus_dir, foreign_corpus,
+                                                       bert_corpus, tmp_path, here, weights_of,
+                                                       data, more, message):
     source = request.getfixturevalue(weights_of) if weights_of in ("stem", "bert") else weights_of
     folder = {"own": corpus_dir, "foreign": foreign_corpus, "bert": bert_corpus}[data]
     with pytest.raises(SystemExit) as e:
@@ -1084,14 +1067,16 @@ def test_weights_that_do_not_fit_the_data_are_one_line(
     assert not (tmp_path / "runs").exists()
 
 
-def test_weights_without_a_tokenizer_are_not_taken_for_those_of_a_vocabulary_of_our_own(corpus_dir, tmp_path, here):
-    """As the official MosaicBERT comes: 30,528 rows, as many as prepare_c4.py's own vocabularies have entries."""
+def test_weights_without_a_tokenizer_are_not_those_of_our_vocabulary(corpus_dir, tmp_path, here):
+    """As the official MosaicBERT comes: 30,528 rows, as many as prepare_c4.py's vocabularies."""
     tokenizer = Tokenizer.load(corpus_dir)
     shape = dict(n_layers=1, n_heads=2, d_model=32, d_ff=48)
-    MaskedLM(EncoderConfig(vocab_size=tokenizer.vocab_size, **shape)).save_pretrained(tmp_path / "official")
+    official = MaskedLM(EncoderConfig(vocab_size=tokenizer.vocab_size, **shape))
+    official.save_pretrained(tmp_path / "official")
     with pytest.raises(SystemExit) as e:
-        here(command(corpus_dir, tmp_path / "runs", f"{START} --start_from {tmp_path / 'official'}"))
-    assert "trained with another tokenizer (none is beside it, so bert-base-uncased's) than" in one_line(e)
+        here(command(corpus_dir, tmp_path / "runs",
+                     f"{START} --start_from {tmp_path / 'official'}"))
+    assert "(none is beside it, so bert-base-uncased's) than" in one_line(e)
 
 
 def test_a_run_knows_the_weights_it_began_from(stem, corpus_dir, tmp_path, here):
@@ -1102,7 +1087,8 @@ def test_a_run_knows_the_weights_it_began_from(stem, corpus_dir, tmp_path, here)
     shutil.copytree(tmp_path / "first/ckpt/step_00000050", tmp_path / "first/ckpt/step_00000060")
     assert "is finished" in here(argv), "that the first was trained further changes nothing"
     progress = tmp_path / "first/ckpt/step_00000050/progress.json"
-    progress.write_text(progress.read_text().replace('"train_seconds": ', '"train_seconds": 1'))  # trained anew
+    again = progress.read_text().replace('"train_seconds": ', '"train_seconds": 1')
+    progress.write_text(again)  # trained anew
     with pytest.raises(SystemExit) as e:
         here(argv)
     assert "the run began from other weights than" in one_line(e)
@@ -1133,7 +1119,7 @@ def test_a_run_of_an_earlier_version_goes_on(stem, corpus_dir, tmp_path, here):
     """Settings that did not exist yet have their default; those that are gone had theirs."""
     shutil.copytree(stem, tmp_path / "nano-tiny")
     config = tmp_path / "nano-tiny/config.json"
-    facts = json.loads(config.read_text())
+    facts = read_json(config)
     assert facts["train"].pop("grad_clip") == 0.0 and facts["train"]["model"].pop("norm") == "post"
     assert facts["train"].pop("betas") == [0.9, 0.98] and facts["train"].pop("shares") is None
     of_meta = hashlib.sha256((corpus_dir / "meta.json").read_bytes()).hexdigest()[:16]
@@ -1148,12 +1134,12 @@ def test_a_run_of_an_earlier_version_goes_on(stem, corpus_dir, tmp_path, here):
 
 @pytest.mark.parametrize("used", [
     {"skip_nan": True}, {"ramp_from": 512, "ramp_tokens": 9}, {"grad_reduce": "bfloat16"},
-    {"mixture": MIXTURE | {"shares": [1, 0], "later": [0, 1], "change": 0.5}},
+    {"mixture": MIXTURE | {"shares": [1, 0], "later": [0, 1], "change": 0.5}}, {"model": 1},
 ])
 def test_a_run_that_used_what_is_gone_is_refused(stem, tmp_path, here, used):
-    facts = json.loads((stem / "config.json").read_text())
+    facts = read_json(stem / "config.json")
     (tmp_path / "config.json").write_text(json.dumps({"train": facts["train"] | GONE | used}))
-    with pytest.raises(ValueError, match="earlier version") as e:
+    with pytest.raises(ValueError, match=r"earlier version|not the settings of a run") as e:
         recipes.read_settings(tmp_path)
     assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
 
@@ -1171,7 +1157,8 @@ def test_where_folders_lie_and_what_they_are_called_is_no_part_of_a_run(
         here(command(other_corpus, "moved", args, preset="nano-tiny"))
     assert "other settings (corpus)" in one_line(e)
     assert "continuing at step 40" in here(command("./link", "moved", args, preset="nano-tiny"))
-    assert_same_checkpoint(tmp_path / "moved/renamed/ckpt/step_00000050", stem / "ckpt/step_00000050")
+    assert_same_checkpoint(tmp_path / "moved/renamed/ckpt/step_00000050",
+                           stem / "ckpt/step_00000050")
     begun = f"{START} --name begun --start_from"
     here(command("copy", "runs", f"{begun} moved/renamed"))
     (tmp_path / "moved").rename(tmp_path / "again")
@@ -1220,7 +1207,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
 def test_a_branch_of_a_run_whose_corpus_was_prepared_anew_is_refused(stem, tmp_path, here):
     shutil.copytree(stem, tmp_path / "first")
     config = tmp_path / "first/config.json"
-    facts = json.loads(config.read_text())
+    facts = read_json(config)
     facts["train"]["corpus"] = ["0123456789abcdef"]
     config.write_text(json.dumps(facts))
     with pytest.raises(SystemExit) as e:
@@ -1228,7 +1215,7 @@ def test_a_branch_of_a_run_whose_corpus_was_prepared_anew_is_refused(stem, tmp_p
     assert "not the corpus" in one_line(e) and not (tmp_path / "runs").exists()
 
 
-# ----------------------------------------------------------------------------- Weights & Biases
+# ------------------------------------------------------------ Weights & Biases
 
 FAKE_WANDB = """
 import json, pathlib
@@ -1242,43 +1229,37 @@ def init(**settings): return Board(settings)
 
 
 def test_wandb_receives_the_numbers_of_the_log(corpus_dir, tmp_path, monkeypatch, here):
-    (tmp_path / "wandb.py").write_text(FAKE_WANDB.replace("OUT", repr(str(tmp_path / "board.jsonl"))))
+    board = tmp_path / "board.jsonl"
+    (tmp_path / "wandb.py").write_text(FAKE_WANDB.replace("OUT", repr(str(board))))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    here(command(corpus_dir, tmp_path, f"{FAST} --max_steps 6 --eval_every 3 --checkpoint_every 3 --wandb"))
+    here(command(corpus_dir, tmp_path,
+                 f"{FAST} --max_steps 6 --eval_every 3 --checkpoint_every 3 --wandb"))
     sys.modules.pop("wandb")
-    first, *logged, last = [json.loads(line) for line in (tmp_path / "board.jsonl").read_text().splitlines()]
+    first, *logged, last = map(json.loads, board.read_text().splitlines())
     folder = tmp_path / "mosaic-tiny"
-    assert (
-        first["init"]["config"]["train"]["max_steps"] == 6 and first["init"]["resume"] == "allow" and last["finished"]
-    )
+    assert (first["init"]["config"]["train"]["max_steps"] == 6
+            and first["init"]["resume"] == "allow" and last["finished"])
     assert [line["step"] for line in logged] == [1, 2, 3, 3, 4, 5, 6, 6]
     for line in logged:
         (kind,) = {k.split("/")[0] for k in line["numbers"]}
         record = records(folder, kind)[line["step"]]
-        assert {f"{kind}/{k}": v for k, v in record.items() if k not in ("type", "step") and v is not None} == line[
-            "numbers"
-        ]
+        assert {f"{kind}/{k}": v for k, v in record.items() if k not in ("type", "step")
+                and v is not None} == line["numbers"]
 
 
-def test_wandb_without_its_package_is_one_line_and_leaves_nothing(corpus_dir, tmp_path, monkeypatch, here):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # what an absent package looks like
-    with pytest.raises(SystemExit) as e:
-        here(command(corpus_dir, tmp_path / "runs", f"{FAST} --max_steps 2 --wandb"))
-    assert "pip install wandb" in one_line(e)
-    assert not (tmp_path / "runs").exists()
+# ----------------------------------------------------- no waits for the device
 
 
-# ----------------------------------------------------------------------------- no waits for the device
+RECIPES = ["--optimizer adamw", "--optimizer muon --masking linear:0.3:0.15 --grad_clip 1"]
 
 
 class CountWaits(TorchDispatchMode):
-    """Counts the operations for which a GPU's host would wait: a value read, or a shape that depends on values.
+    """Counts operations for which a GPU's host would wait: a value read, a shape that depends on
+    values. Copies to the host are not seen here; the test on a GPU sees those."""
 
-    Copies to the host cannot be told from others where all memory is the host's: the test on a GPU sees those.
-    """
-
-    WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2", "bincount")
+    WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2",
+             "bincount")
 
     def __init__(self):
         super().__init__()
@@ -1290,24 +1271,29 @@ class CountWaits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("recipe", ["--optimizer adamw", "--optimizer muon --masking linear:0.3:0.15 --grad_clip 1"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_steps_add_no_wait_for_the_device(corpus_dir, tmp_path, here, recipe):
-    """Forward, backward, optimizer and bookkeeping: twice the steps, as many waits (the log, evaluation and saving)."""
+    """Forward, backward, optimizer and bookkeeping: twice the steps, as many waits (for the log,
+    evaluation and saving). Saving waits once however many weights it has to find finite."""
     counts = {}
-    for steps in (6, 12):
-        quiet = f"{FAST} --micro_tokens 256 --log_every {NEVER} --eval_every {NEVER} --checkpoint_every {NEVER}"
-        with CountWaits() as counts[steps]:
-            here(command(corpus_dir, tmp_path / str(steps), f"{quiet} {recipe} --max_steps {steps}"))
-    assert counts[12].calls > counts[6].calls + 6 * 100, "the steps are seen"
-    assert counts[6].waits == counts[12].waits > 0
+    for steps, more in ((6, ""), (12, ""), (6, "--model.n_layers 2")):
+        quiet = f"{FAST} --micro_tokens 256 --log_every {NEVER} --eval_every {NEVER}"
+        args = f"{quiet} --checkpoint_every {NEVER} {recipe} --max_steps {steps} {more}"
+        with CountWaits() as counts[steps, more]:
+            here(command(corpus_dir, tmp_path / f"{steps}{more}", args))
+    few, twice, deeper = counts.values()
+    assert twice.calls > few.calls + 6 * 100, "the steps are seen"
+    assert few.waits == twice.waits == deeper.waits > 0
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("recipe", ["--optimizer adamw", "--optimizer muon --masking linear:0.3:0.15 --grad_clip 1"])
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("compile", ["on", "off"])
-@pytest.mark.parametrize("micro_tokens", [256, 8_192])  # PyTorch's embedding gradient has another path above 3,072
-def test_no_step_waits_for_the_gpu(corpus_dir, tmp_path, monkeypatch, here, recipe, compile, micro_tokens):
+# PyTorch's gradient of the embedding has another path above 3,072
+@pytest.mark.parametrize("micro_tokens", [256, 8_192])
+def test_no_step_waits_for_the_gpu(corpus_dir, tmp_path, monkeypatch, here, recipe, compile,
+                                   micro_tokens):
     """PyTorch raises where the host would wait, from the second step to the last but one."""
     original = recipes.lr_scale
 
@@ -1325,50 +1311,38 @@ def test_no_step_waits_for_the_gpu(corpus_dir, tmp_path, monkeypatch, here, reci
         torch.cuda.set_sync_debug_mode("default")
 
 
-# ----------------------------------------------------------------------------- bad input: one line each
+# ---------------------------------------------------- bad input: one line each
 
 
-@pytest.mark.parametrize(
-    ("preset", "args", "message"),
-    [
-        ("mosaic-tiny", "--seq_len 2", "--seq_len 2: [CLS], a token and [SEP]"),
-        ("mosaic-tiny", "--batch_tokens 1000", "not a multiple of --micro_tokens"),
-        ("mosaic-tiny", "--micro_tokens 64", "--micro_tokens 64 is below --seq_len"),
-        ("mosaic-tiny", "--max_steps 0", "give the run a length"),
-        ("mosaic-tiny", "--grad_clip -1", "--grad_clip -1.0: too low"),
-        ("mosaic-tiny", "--seed -1", "--seed -1: too low"),
-        ("mosaic-tiny", "--masking constant:2", "--masking"),
-        ("mosaic-tiny", "--model.n_heads 5", "not a multiple of n_heads 5"),
-        ("bert-tiny", "--seq_len 1024", "beyond the 512 learned positions"),
-        ("mosaic-tiny", "--device cuda", "sees no CUDA"),
-        ("mosaic-tiny", "--data no/such/folder", "no/such/folder"),
-        ("mosaic-tiny", "--data no/such/folder:0.5", "error: no/such/folder holds"),
-        ("mosaic-tiny", "--data=", "holds no meta.json"),
-        ("mosaic-tiny", "--model.attention triton --model.attention_dropout .1", "leave it at auto"),
-        ("mosaic-tiny", "--cooldown 1.0", "--cooldown 1.0 are shares of one run"),
-        ("mosaic-tiny", "--warmup 0.9 --cooldown 0.2", "are shares of one run"),
-        ("mosaic-tiny", "--eval_every 0", "--eval_every 0.0: too low"),
-        ("mosaic-tiny", "--pppl_tokens -1", "--pppl_tokens -1: too low"),
-    ],
-)
-def test_bad_settings_are_one_line_and_leave_nothing(monkeypatch, capsys, tmp_path, corpus_dir, preset, args, message):
+@pytest.mark.parametrize(("preset", "args", "message"), [
+    ("mosaic-tiny", "--seq_len 2", "--seq_len 2: [CLS], a token and [SEP]"),
+    ("mosaic-tiny", "--batch_tokens 1000", "not a multiple of --micro_tokens"),
+    ("mosaic-tiny", "--micro_tokens 64", "--micro_tokens 64 is below --seq_len"),
+    ("mosaic-tiny", "--max_steps 0", "give the run a length"),
+    ("mosaic-tiny", "--grad_clip -1", "--grad_clip -1.0: too low"),
+    ("mosaic-tiny", "--seed -1", "--seed -1: too low"),
+    ("mosaic-tiny", "--masking constant:2", "--masking"),
+    ("mosaic-tiny", "--model.n_heads 5", "not a multiple of n_heads 5"),
+    ("bert-tiny", "--seq_len 1024", "beyond the 512 learned positions"),
+    ("mosaic-tiny", "--device cuda", "sees no CUDA"),
+    ("mosaic-tiny", "--data no/such/folder", "no/such/folder"),
+    ("mosaic-tiny", "--data no/such/folder:0.5", "error: no/such/folder holds"),
+    ("mosaic-tiny", "--data=", "holds no meta.json"),
+    ("mosaic-tiny", "--model.attention triton --model.attention_dropout .1", "leave it at"),
+    ("mosaic-tiny", "--wandb", "pip install wandb"),
+    ("mosaic-tiny", "--cooldown 1.0", "--cooldown 1.0 are shares of one run"),
+    ("mosaic-tiny", "--warmup 0.9 --cooldown 0.2", "are shares of one run"),
+    ("mosaic-tiny", "--eval_every 0", "--eval_every 0.0: too low"),
+    ("mosaic-tiny", "--pppl_tokens -1", "--pppl_tokens -1: too low"),
+])
+def test_bad_settings_are_one_line_and_leave_nothing(monkeypatch, capsys, tmp_path, corpus_dir,
+                                                     preset, args, message):
     if "cuda" in args and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     argv = ["pretrain.py", preset, "--out", str(tmp_path / "runs"), *args.split()]
-    monkeypatch.setattr(sys, "argv", argv if "--data" in args else [*argv, "--data", str(corpus_dir)])
+    monkeypatch.setattr(sys, "argv", argv if "--data" in args
+                        else [*argv, "--data", str(corpus_dir)])
     with pytest.raises(SystemExit) as e:
         pretrain.main()
     assert message in one_line(e)
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_corpus_that_disagrees_with_its_meta_is_named(corpus_dir, tmp_path, monkeypatch):
-    broken = shutil.copytree(corpus_dir, tmp_path / "broken")
-    shard = next(broken.glob("train_*.bin"))
-    shard.write_bytes(shard.read_bytes()[:-2])
-    monkeypatch.setattr(
-        sys, "argv", ["pretrain.py", "mosaic-tiny", "--data", str(broken), "--out", str(tmp_path / "r")]
-    )
-    with pytest.raises(SystemExit, match=f"error: .*{shard.name}"):
-        pretrain.main()
-    assert not (tmp_path / "r").exists()
