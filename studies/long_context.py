@@ -6,10 +6,9 @@
     python -m studies.long_context runs/mosaic-base --data data/pieces --join   # books in pieces
 
 From each document the text of the longest window is taken and 15 % of it masked, once. Then it is
-cut into windows of each length and the same masked tokens are predicted from each: what differs is
-only how much context a window holds. With ALiBi the loss should fall beyond the length trained at,
-or at least not rise (Press et al. 2022 saw both). Learned positions end at their table. Each run
-becomes results/long-context-<run>.json, all of them one figure.
+cut into windows of each length: what differs is only how much context a window holds. With ALiBi
+the loss should fall beyond the length trained at, or at least not rise (Press et al. 2022 saw
+both). Each run becomes results/long-context-<run>.json, all of them one figure.
 """
 
 import math
@@ -47,7 +46,6 @@ class Config:
     split: str = "val"  # or train, for a folder that no model has seen
     out: str = "results"  # folder of the records and the figure
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matmuls
 
 
 def long_documents(corpus: Corpus, n_tokens: int, limit: int,
@@ -186,7 +184,7 @@ def measure_runs(cfg: Config) -> None:
     if len({record["run"] for record in records}) < len(records):
         raise ValueError("two of these are of one run, so their files would have one name")
     out, device = Path(cfg.out), pick_device(cfg.device)
-    dtype = pick_dtype(cfg.dtype, device)
+    dtype = pick_dtype("auto", device)
     make_folder(out)
     for run, record in zip(cfg.runs, records):
         model = MaskedLM.from_pretrained(find_folder(run)).to(device).eval()
@@ -206,10 +204,8 @@ def main(args: list[str] | None = None) -> None:
     cfg = read_command_line(Config, args)
     try:
         measure_runs(cfg)
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         raise SystemExit(f"error: {e}") from None
-    except OSError as e:
-        raise SystemExit(f"error: {e.filename}: {e.strerror}") from None
 
 
 if __name__ == "__main__":

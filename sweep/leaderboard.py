@@ -60,8 +60,8 @@ def leaderboard(records: list[dict], failed: dict[str, str], title: str, command
     metrics = [(name, score, False, 2)] * bool(score)
     metrics += [("held-out loss (nats)", values["loss"], True, 4)]
     on, revisions = {hardware(r) for r in rows}, {str(r["revision"]) for r in rows}
-    text = [f"# {title}", "", f"`{command}`", "", "Mean ± standard error over pretraining seeds. "
-            "Costs are of pretraining, as logged, with what a branch owes to its stem. On "
+    text = [f"# {title}", "", f"`{command}`", "", "Mean ± standard error over pretraining seeds; "
+            "costs of pretraining, with what a branch owes to its stem. On "
             f"{', '.join(sorted(on))}; revision {', '.join(sorted(revisions))}.", ""]
     budgets = sorted({budget for budget, _ in runs})
     for budget in budgets:
@@ -103,6 +103,4 @@ def leaderboard(records: list[dict], failed: dict[str, str], title: str, command
         text += table(["what", "tokens/s, each round", "against the first"], speeds)
     if failed:
         text += [f"## Failed: {len(failed)}", "", *[f"- {j}: {e}" for j, e in failed.items()], ""]
-    commands = {r["run"]: r["command"] for r in rows if r["seed"] == rows[0]["seed"]}
-    text += ["## Commands of the first seed", "", *[f"- {r}: `{c}`" for r, c in commands.items()]]
-    return "\n".join(text) + "\n"
+    return "\n".join(text)

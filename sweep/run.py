@@ -10,10 +10,11 @@ One stem is trained for each preset, variant and seed, as long as the largest bu
 wsd); for every smaller budget a cool-down branches off it, so budgets of 1, 2 and 4 cost 4.6 and
 not 7. Variants with schedule=linear get a run for each budget. Jobs are calls of pretrain.py and
 finetune_glue.py, each shown in <out>/<name>/.jobs/. The same command again continues where it was
-killed and tries again what failed. Results: results/<name>/leaderboard.md, and records.jsonl, a
-line per run and metric, for plots.py pareto and plots.py ablation.
+killed and tries again what failed. Results: results/<name>/leaderboard.md, and records.jsonl for
+plots.py pareto and plots.py ablation. Linux and macOS.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -39,11 +40,6 @@ import recipes
 from machine import hardware_name, pick_device, read_command_line
 from records import make_folder, read_jsonl, to_json, write_atomically
 from sweep.leaderboard import leaderboard, short
-
-try:
-    import fcntl
-except ImportError:  # Windows: two sweeps in one folder are not kept apart
-    fcntl = None
 
 ROOT = Path(__file__).parents[1]
 OURS = {"data", "out", "name", "seed", "max_steps", "max_tokens", "max_minutes", "cooldown_from",
@@ -110,14 +106,6 @@ class Job:
         return mark == self.key() and bool(progress(self.run).get("finished"))
 
 
-def split(flags: str, name: str) -> list[str]:
-    """Flags in quotes, as a shell would split them. SystemExit (one line) for an open quote."""
-    try:
-        return shlex.split(flags)
-    except ValueError as e:
-        raise SystemExit(f"error: {name}: {flags}: {e}") from None
-
-
 def read_variant(text: str) -> tuple[str, list[str]]:
     """ "adamw:optimizer=adamw,lr=2e-3" -> its name and its flags."""
     name, colon, pairs = text.partition(":")
@@ -139,7 +127,7 @@ def make_variants(cfg: Config) -> list[Variant]:
     if not (cfg.presets and cfg.seeds and cfg.budgets):
         raise SystemExit("error: a sweep needs at least one preset, one seed and one budget")
     for preset, (change, own) in product(cfg.presets, [("", []), *map(read_variant, cfg.vary)]):
-        flags = ["--schedule", "wsd", *split(cfg.flags, "--flags"), *own]  # of two the last counts
+        flags = ["--schedule", "wsd", *shlex.split(cfg.flags), *own]  # of two the last counts
         if taken := OURS & {flag[2:].partition("=")[0] for flag in flags if flag[:2] == "--"}:
             raise SystemExit(f"error: --{min(taken)} is set by the sweep; leave it out")
         config = tyro.extras.overridable_config_cli(presets, args=[preset, *flags],
@@ -212,10 +200,10 @@ def make_jobs(cfg: Config, variants: list[Variant],
                 jobs.append(Job(name, command, run, v, seed, budget, size))
                 stem = jobs[-1] if v.stem < 1 else None
             for i, flags in enumerate(cfg.finetune, 1):
-                command = [sys.executable, str(ROOT / "finetune_glue.py"), str(run)]
-                command += split(flags, "--finetune")
-                tuning = f"{name}-finetune" + f"-{i}" * (i > 1)
-                jobs.append(Job(tuning, command, run, v, seed, budget, after=jobs[-1].name))
+                script = [sys.executable, str(ROOT / "finetune_glue.py"), str(run)]
+                jobs.append(Job(f"{name}-finetune" + f"-{i}" * (i > 1),
+                                script + shlex.split(flags), run, v, seed, budget,
+                                after=jobs[-1].name))
     return jobs
 
 
@@ -247,12 +235,11 @@ def start(command: list[str], output: Path, lock: IO, worker: int = 0) -> subpro
 
 
 def error_of(process: subprocess.Popen, output: Path) -> str:
-    """Why a script failed, its own line if it has one; "" if it did not."""
+    """Why a script failed: its last line, or its exit code; "" if it did not."""
     if not (code := process.wait()):
         return ""
-    lines = [line.strip() for line in output.read_text(errors="replace").splitlines()]
-    errors = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception)\b", line)]
-    return (errors or [f"exit code {code}", *filter(None, lines)])[-1][:300]
+    said = output.read_text(errors="replace").strip() or f"exit code {code}"
+    return said.splitlines()[-1][:300]
 
 
 def measure_speeds(cfg: Config, variants: list[Variant], state: Path, lock: IO) -> dict[str, dict]:
@@ -377,14 +364,15 @@ def check_sweep(cfg: Config, variants: list[Variant], state: Path, results: Path
 
 def sweep(cfg: Config) -> int:
     """Run or continue a sweep; returns the exit code. SystemExit (one line) for bad input."""
-    if not re.fullmatch(r"\w[\w.-]*", cfg.name):
-        raise SystemExit(f"error: --name {cfg.name!r} is of folders: use letters, digits, . _ -")
+    if not cfg.name.strip(".") or Path(cfg.name).name != cfg.name:
+        raise SystemExit(f"error: --name {cfg.name!r}: give the name of a folder, without a path")
     variants, results = make_variants(cfg), Path(cfg.results, cfg.name)
     state = Path(cfg.out, cfg.name, ".jobs")
+    if cfg.workers > 1:  # else each would take all cores
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // cfg.workers)))
     make_folder(state)
     lock = open(state / "lock", "a")  # noqa: SIM115 (open as long as this process lives)
-    if fcntl:  # waits for the scripts of a sweep that was killed
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # waits for the scripts of a sweep that was killed
     check_sweep(cfg, variants, state, results)
     speeds = measure_speeds(cfg, variants, state, lock) if cfg.equal == "time" else {}
     ratios = {name: speed["ratio"] for name, speed in speeds.items()}
@@ -394,7 +382,7 @@ def sweep(cfg: Config) -> int:
     if cfg.dry_run:
         print(*[f"{job.name}: {shlex.join(job.command[1:])}" for job in left], sep="\n")
         return 0
-    failed = work(jobs, state, lock, cfg.workers)
+    failed = work(jobs, state, lock, max(cfg.workers, 1))
     if rows := collect(cfg, jobs):
         rows += [{"type": "speed", "name": name, "tok_per_s": speed["tok_per_s"],
                   "ratio": speed["ratio"]} for name, speed in speeds.items()]
@@ -411,14 +399,12 @@ def sweep(cfg: Config) -> int:
 
 def main() -> None:
     """Command line: presets first, then any setting."""
-
-    def stop(signum, frame):
-        raise KeyboardInterrupt
-
     cfg = read_command_line(Config, about=__doc__)
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a KeyboardInterrupt
     try:
         raise SystemExit(sweep(cfg))
+    except ValueError as e:  # of shlex
+        raise SystemExit(f"error: --flags or --finetune: {e}") from None
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command continues") from None
     except OSError as e:

@@ -256,6 +256,14 @@ def test_a_dry_run_prints_the_jobs_and_runs_none(stand_ins):
     assert not calls(stand_ins) and not (stand_ins / "results").exists()
 
 
+def test_a_name_is_text_and_a_folder(stand_ins):
+    name = "50% of [a] $x$ ü"
+    run(stand_ins, *TWO, "--name", name, "--finetune=--task RTE")
+    assert {r["metric"] for r in rows(stand_ins, name=name)} == {"loss", "accuracy", "RTE"}
+    for name in ("", "a/b", ".."):
+        assert "give the name of a folder" in run(stand_ins, *ONE, "--name", name, code=1)
+
+
 def test_what_would_mix_two_sweeps_is_refused(stand_ins):
     (stand_ins / "data").mkdir()
     (stand_ins / "data" / "meta.json").write_text("one")
@@ -305,7 +313,7 @@ def test_fine_tuning_can_change_without_pretraining_again(stand_ins):
     said = run(stand_ins, *ONE, "--finetune=--tusk RTE", code=1)
     assert "failed: mosaic-tiny-s1-10K-finetune: " in said
     said = run(stand_ins, *ONE, "--finetune=--task 'RTE", code=1)
-    assert said == "error: --finetune: --task 'RTE: No closing quotation\n"
+    assert said == "error: --flags or --finetune: No closing quotation\n"
 
 
 def test_what_has_changed_or_gone_since_is_not_taken_for_finished(stand_ins):
@@ -387,7 +395,6 @@ def test_a_folder_that_cannot_be_written_to_is_found_out_first(stand_ins, folder
     (dict(vary=("a:lr=1", "a:lr=2")), "the same name"),
     (dict(vary=("a:seed=1",)), "--seed is set by the sweep"),
     (dict(flags="--max_tokens 7"), "--max_tokens is set by the sweep"),
-    (dict(flags="'"), "No closing quotation"),
     (dict(vary=("a:seq_len=1",)), "--seq_len 1"),
     (dict(vary=("a:seq_len=64",)), "losses are on other text"),
     (dict(budgets=(1e6, 1e6)), "different whole numbers"),
