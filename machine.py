@@ -122,7 +122,7 @@ def write_report(mode: str, body: dict, device: torch.device, out: str = "") -> 
 
     name = hardware_name(device)
     header = {"device": name, "torch": torch.__version__, "triton": TRITON_VERSION,
-              "revision": git_revision(), "command": shlex.join(["python", *sys.argv]),
+              "revision": git_revision(), "command": shlex.join(["python", *sys.orig_argv[1:]]),
               "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     path = Path(out or Path(__file__).parent / "results" / f"{mode}-{slug}.json")
