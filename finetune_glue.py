@@ -10,12 +10,11 @@
 A start is a run folder (its latest checkpoint), a checkpoint folder, a folder with official
 MosaicBERT or Hugging Face BERT weights and their tokenizer.json, or with --hf any encoder that
 transformers knows. Each finished job (start, task, seed) is a line of <run>/glue/<task>.jsonl; the
-same command again does what is missing, a long job from its last epoch, and prints the table. A
-task of one's own also gets its predictions for --eval, in <run>/glue/predictions. RTE, MRPC and
-STS-B begin from the start's own MNLI model if there is one.
+same command again does what is missing, a long job from its last epoch, and prints the table. RTE,
+MRPC and STS-B begin from the start's own MNLI model if there is one.
 
-A task of one's own: a .tsv with a header, .jsonl or .parquet with a text or two and a label; or
-words with a label each (names, parts of speech): rows {"words": [...], "labels": [...]}, CoNLL
+A task of one's own is a .tsv with a header, .jsonl or .parquet, with one text or two and a label;
+or words with a label each (names, parts of speech): rows {"words": [...], "labels": [...]}, CoNLL
 (word and label a line, an empty line after a sentence) or CoNLL-U.
 
 Expect: published 8-task means on the dev sets are 84.3 for MosaicBERT-Base after 70,000 steps on
@@ -54,6 +53,8 @@ from machine import device_name, git_revision, pick_device, pick_dtype, read_com
 from model import SequenceClassifier, TokenClassifier
 from records import read_jsonl, to_json, write_atomically
 
+SAVE_EVERY = 60  # seconds of training that a kill may cost, and the rest of an epoch
+
 
 @dataclass
 class Config:
@@ -67,10 +68,10 @@ class Config:
     task: str = ""  # GLUE names, comma separated, default all; or the training file of your own
     eval: str = ""  # your own task: the file to evaluate on
     task_name: str = ""  # its name in records and plots; default: that of its file or folder
-    text_columns: str = ""  # one or two; default sentence1,sentence2, or sentence
+    text_columns: str = ""  # one or two; default sentence1,sentence2, sentence, or words
     label_column: Annotated[str, tyro.conf.arg(aliases=["--column"])] = ""  # default label, labels
     regression: bool = False  # the label is a number: loss MSE, metrics Spearman and Pearson
-    predict: str = ""  # rows for the model of the one --task to label; in <run>/glue/predictions
+    predict: str = ""  # rows to label with the fine-tuned models; in <run>/glue/predictions
     save: bool = False  # keep the models, for `python -m export.huggingface`, in <run>/glue/models
     out: str = ""  # results go to <out>/<run>/glue; default: into the run folders
     glue_dir: str = ""  # folder with <task>/train.tsv and dev.tsv; default: nyu-mll/glue of the hub
@@ -88,9 +89,6 @@ class Config:
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on for CUDA
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bf16 where the hardware has it
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-
-
-SAVE_EVERY = 60  # seconds of training that a kill may cost, and the rest of an epoch
 
 
 def fine_tune(model: nn.Module, examples: Encoded, y: np.ndarray, recipe: Recipe, seed: int,
@@ -318,8 +316,8 @@ def run_job(job: Job, cfg: Config, device: torch.device, dtype: torch.dtype, alo
     def answers(split: Split) -> np.ndarray:
         """(n,) values, or classes: a word that was cut off has the commonest."""
         logits = predict(model, encoded(split), dtype)
-        cut, found = np.isnan(logits[:, 0]), logits.argmax(1)
-        return logits[:, 0] if task.regression else np.where(cut, commonest, found)
+        classes = np.where(np.isnan(logits[:, 0]), commonest, logits.argmax(1))
+        return logits[:, 0] if task.regression else classes
 
     def evaluate_devs() -> dict:
         return evaluate(task, y, {name: answers(dev) for name, dev in job.data.devs.items()},
@@ -373,15 +371,13 @@ def pick_tasks(cfg: Config) -> dict[Task, dict[str, Source]]:
         if unknown := [name for name in names if name not in TASKS]:
             raise ValueError(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}, or one of "
                              "your own: --task train.tsv --eval dev.tsv")
-        if cfg.predict and len(names) > 1:
-            raise ValueError("--predict needs one --task: the rows are of one kind")
         return {TASKS[name]: locate(cfg.glue_dir, TASKS[name]) for name in names}
     train, dev = Path(cfg.task), Path(cfg.eval)
     name = cfg.task_name or (train.resolve().parent.name if train.stem == "train" else train.stem)
     if name in (*TASKS, "", "loss", "accuracy") or set(name) & set(",*/\\"):
         raise ValueError(f"{name!r} cannot name a task of your own: give another --task_name")
-    columns = (PAIR, ("sentence",), *[("words",)] * (not cfg.regression))
-    columns = (tuple(cfg.text_columns.split(",")),) if cfg.text_columns else columns
+    columns = ((tuple(cfg.text_columns.split(",")),) if cfg.text_columns else
+               (PAIR, ("sentence",), *[("words",)] * (not cfg.regression)))
     metrics = ("spearman",) if cfg.regression else ("accuracy",)
     labels = (cfg.label_column,) if cfg.label_column else ("label", "labels")
     task = Task(name, OWN, columns, labels, metrics=metrics)

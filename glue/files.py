@@ -82,7 +82,7 @@ def locate(glue_dir: str, task: Task) -> dict[str, Source]:
 def read_table(source: Source, task: Task, labelled: bool) -> tuple[str, list[str], Iterable]:
     """What a file is, its column names, and (line number, values) of each row: of a .jsonl or
     .parquet file, a hub split, CoNLL or CoNLL-U, else .tsv. ValueError for what is damaged."""
-    if isinstance(source, str) or source.suffix == ".parquet":
+    if isinstance(source, str) or source.suffix.lower() == ".parquet":
         try:
             if isinstance(source, str):
                 import datasets  # takes seconds, and only the hub needs it
@@ -102,7 +102,7 @@ def read_table(source: Source, task: Task, labelled: bool) -> tuple[str, list[st
     except UnicodeDecodeError as e:
         raise ValueError(f"{source} is not UTF-8 text (byte {e.start})") from None
     lines = list(enumerate(text.split("\n"), 1))  # a lone \r inside a text ends no line
-    if source.suffix == ".jsonl":
+    if source.suffix.lower() in (".jsonl", ".ndjson"):
         rows = []
         for n, line in lines:
             try:
@@ -158,7 +158,8 @@ def read_split(source: Source, task: Task, labelled: bool = True) -> Split:
     split = Split(str(source), [[] for _ in texts], [], [], form=form)
     for line, row in rows:
         values, problem = [row[i] if i < len(row) else None for i in at], ""
-        if texts == ("words",):
+        lists = label and not split.lines and all(isinstance(value, list) for value in values)
+        if task.words or split.words or lists:
             if not (problem := problem_of_words(*values)):
                 split.words.append(list(map(str, values[0])))
                 values[0] = " ".join(split.words[-1])
