@@ -30,7 +30,7 @@ from model import (
     TokenClassifier,
 )
 from pretrain import train
-from recipes import TrainConfig, make_presets
+from recipes import TrainConfig
 
 GOLDEN = Path(__file__).parents[1] / "../shared/golden/mosaicbert_small.safetensors"
 NO_DROPOUT = dict(embedding_dropout=0.0, output_dropout=0.0, mlp_dropout=0.0)
@@ -677,55 +677,22 @@ def test_onnx_runs_any_batch_and_length_with_our_logits(run, exported, shape):
     assert_near(logits[mask], ours[mask], 1e-4)
 
 
-# ------------------------------------------------------------------------ continue, then export
-
-
-def save_as_upstream(model: MaskedLM, folder: Path) -> None:
-    """config.json and pytorch_model.bin as the official MosaicBERT checkpoints have them."""
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        for ours, theirs in MOSAIC_NAMES.items():
-            name = name.replace(ours, theirs)
+def test_official_mosaicberts_names_and_padded_table_are_read(tmp_path):
+    """pytorch_model.bin, 512 rows for fewer entries, and a tokenizer from elsewhere."""
+    ours, weights = randomized(MaskedLM(EncoderConfig(512, **SHAPE))), {}
+    for name, tensor in ours.state_dict().items():
+        for here, there in MOSAIC_NAMES.items():
+            name = name.replace(here, there)
         weights[name] = tensor
-    torch.save(weights, folder / "pytorch_model.bin")
-    config = dict(vocab_size=512, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
-    config |= dict(intermediate_size=48, hidden_dropout_prob=0.0)
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def test_mosaicbert_goes_on_with_its_vocabulary_on_other_text_and_is_exported(tmp_path):
-    """Its table is padded to a multiple of 64 and it has no tokenizer, as the official ones."""
-    import prepare_c4
-
-    vocabulary, start = wordpiece(tmp_path), tmp_path / "official"
-    before = randomized(MaskedLM(EncoderConfig(512, **SHAPE)))
-    start.mkdir()
-    save_as_upstream(before, start)
-    source, data = tmp_path / "mine.jsonl", str(tmp_path / "data")
-    source.write_text("".join(json.dumps({"text": t}) + "\n" for t in some_documents(150)))
-    settings = dict(tokenizer=str(vocabulary), val_fraction=0.1, workers=1)
-    prepare_c4.prepare(prepare_c4.Config(source=str(source), out=data, **settings))
-    assert Tokenizer.load(data).vocabulary == vocabulary.read_bytes()
-
-    length = dict(max_steps=12, seq_len=32, batch_tokens=512, micro_tokens=512, eval_tokens=512)
-    where = dict(start_from=str(start), data=(data,), out=str(tmp_path), name="mine", device="cpu")
-    shape = make_presets()["mosaic-base"][1].model  # gives way to that of the weights
-    how = dict(eval_every=6, pppl_tokens=0, lr=0.01, model=shape)
-    run = train("mosaic-base", TrainConfig(**where, **length, **how))
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in log if line["type"] == "eval"]
-    assert losses[-1] < losses[0]
-    after = MaskedLM.from_pretrained(run)
-    for (name, old), new in zip(before.state_dict().items(), after.state_dict().values()):
-        assert old.shape == new.shape, name
-        assert not torch.equal(old, new) or name.endswith("token_type.weight"), name
-
-    main([str(run), "--out", str(tmp_path / "mine-hf")])
-    fast, ids = load_tokenizer(tmp_path / "mine-hf"), batch()[0]
-    text = "unbelievable cats"
-    assert fast(text)["input_ids"][1:-1] == Tokenizer.load(data).encode(text)
-    assert_near(load("AutoModelForMaskedLM", tmp_path / "mine-hf")(ids).logits, after.eval()(ids))
-    assert str(start) in (tmp_path / "mine-hf/README.md").read_text()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    config = dict(vocab_size=500, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    (tmp_path / "config.json").write_text(json.dumps(config | dict(intermediate_size=48)))
+    vocabulary = wordpiece(tmp_path).rename(tmp_path / "elsewhere.json")
+    out = tmp_path / "official-names"
+    main([str(tmp_path), "--tokenizer", str(vocabulary), "--out", str(out)])
+    ids = batch()[0]
+    assert_near(load("AutoModelForMaskedLM", out)(ids).logits, ours(ids))
+    assert str(tmp_path) in (out / "README.md").read_text()
 
 
 # ----------------------------------------------------------------------------- BERT
