@@ -185,7 +185,7 @@ def checkpoints(runs: list[Run], sweeps: list[Path], metric: str, x: Cost) -> li
     Held-out records are fine-tunings of a task named like the metric."""
     log_key = COSTS[x][1]
     key = "tokens" if x == "tokens" else "pretrain_" + log_key.removeprefix("train_")
-    rows = [(path.parent.name, r) for path in sweeps for r in read_sweep(path)]
+    rows = [(path.parent, r) for path in sweeps for r in read_sweep(path)]
     options = {run.path: run.names for run in runs}
     for sweep, r in rows:
         names, variant = (r["family"], r["preset"], f"{sweep}: {r['preset']}"), r["variant"]

@@ -442,6 +442,9 @@ def test_a_sweeps_records_draw_what_its_run_folders_would(tmp_path, drawn, capsy
     text = texts_of(fig)
     assert "2 fine-tuning seeds · 3 runs per point" in text and "RTE dev accuracy" in text
     assert "skipped 1 damaged" in capsys.readouterr().err
+    twin = make_sweep(tmp_path / "twin" / "s", presets=("mosaic-tiny",), variants=("",))
+    fig = drawn(plots.pareto, folder, twin)
+    assert f"{twin}: mosaic-tiny" in texts_of(fig) and "bert, wide" in texts_of(fig)
     fig = drawn(plots.pareto, folder, metric="loss", x="dollars")
     (line,) = [line for line in fig.axes[0].lines if line.get_label() == "bert"]
     assert list(line.get_ydata()) == pytest.approx([6.9, 6.8])
