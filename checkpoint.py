@@ -143,8 +143,11 @@ def resolve_start(preset: str, cfg: TrainConfig, world_size: int = 1) -> Start:
     differ = [k for k in settings if k not in FREE_TO_CHANGE | PLACES and settings[k] != old.get(k)]
     differ += [k for k in ("start_from", "cooldown_from") if bool(settings[k]) != bool(old.get(k))]
     if old and differ:
-        long = "model", "corpus", "shares", "began_from"
-        what = [k if k in long else f"{k} {old.get(k)} -> {settings[k]}" for k in differ]
+        values = {k: (old.get(k), settings[k]) for k in differ if k != "model"}
+        values |= {f"model.{k}": (old["model"].get(k), v) for k, v in settings["model"].items()
+                   if v != old["model"].get(k)}
+        long = "corpus", "shares", "began_from"
+        what = [k if k in long else f"{k} {a} -> {b}" for k, (a, b) in values.items()]
         raise ValueError(f"{run} holds a run with other settings ({', '.join(what)}); "
                          "give this one another --name")
     checkpoint = own or (Path(cfg.cooldown_from) if cfg.cooldown_from else None)

@@ -343,9 +343,13 @@ def test_paper_recipes():
     assert presets["bert-base"][1].model.attention_dropout == 0.1
     assert base.model.attention_dropout == 0.0
     nano = dict(optimizer="muon", schedule="wsd", masking="linear:0.3:0.15")
-    assert presets["nano-base"][1] == replace(base, **nano)
+    tells_left_from_right = dict(position="rope-alibi", alibi_ratio=8.0)
+    model = replace(base.model, **tells_left_from_right)
+    assert presets["nano-base"][1] == replace(base, model=model, **nano)
     nano |= dict(masking="constant:0.4", muon_lr=0.01)
-    assert presets["nano-tiny"][1] == replace(presets["mosaic-tiny"][1], **nano)
+    tiny = presets["mosaic-tiny"][1]
+    model = replace(tiny.model, **tells_left_from_right)
+    assert presets["nano-tiny"][1] == replace(tiny, model=model, **nano)
 
 
 # ------------------------------------------------------------ a run
@@ -1108,7 +1112,7 @@ def test_weights_from_elsewhere_go_with_another_way_to_train_them(stem, corpus_d
     assert "is finished" in here(command(corpus_dir, tmp_path, args))
     with pytest.raises(SystemExit) as e:
         here(command(corpus_dir, tmp_path, args.replace("0.25", "0.5")))
-    assert "other settings (model)" in one_line(e)
+    assert "other settings (model.output_dropout 0.25 -> 0.5)" in one_line(e)
 
 
 GONE = {"grad_reduce": "float32", "skip_nan": False, "ramp_from": 0, "ramp_tokens": 0}
