@@ -184,8 +184,8 @@ def random_bits(seed: int, stream: int, n: int, device: torch.device | str) -> T
     No state to save, and integer arithmetic gives the same numbers on CPU and GPU."""
 
     def mix(x):  # of a tensor; int64 wraps around as the original's uint64 does
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * (factor - (1 << 64))
+        for shift, multiplier in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * (multiplier - (1 << 64))
         return x ^ ((x >> 31) & ((1 << 33) - 1))
 
     golden = 0x9E3779B97F4A7C15 - (1 << 64)

@@ -65,17 +65,15 @@ def load_start(start_from: str, tokenizer: Tokenizer, data: str) -> MaskedLM:
     """Weights to go on from. ValueError (one line) if their vocabulary is not that of the data."""
     folder = find_folder(start_from)
     model = MaskedLM.from_pretrained(folder)
-    n, rows = tokenizer.vocab_size, model.cfg.padded_vocab_size
-    same = n <= rows < n + 128  # official tables are rounded up to a multiple of 64 or 128
-    if (folder / "tokenizer.json").is_file() or (folder / "tokenizer.meta.json").is_file():
-        same &= tokenizer.same_as(Tokenizer.load(folder))
-        theirs = "another tokenizer"
-    else:  # the official MosaicBERT comes without one: it was trained with bert-base-uncased's
-        same &= bool(tokenizer.hf)  # 30,528 entries is what a vocabulary of our own has too
-        theirs = "another tokenizer (none is beside it, so bert-base-uncased's)"
-    if not same:
-        raise ValueError(f"--start_from {start_from}: trained with {theirs} than {data}; "
-                         "prepare the data with prepare_c4.py --tokenizer and its tokenizer")
+    files = "tokenizer.json", "tokenizer.meta.json", "vocab.txt"
+    if any((folder / name).is_file() for name in files):
+        same, note = tokenizer.same_as(Tokenizer.load(folder)), ""
+    else:  # as the official MosaicBERT; 30,528 entries is what a vocabulary of our own has too
+        same, note = bool(tokenizer.hf), " (none is beside it, so bert-base-uncased's)"
+    # official tables are rounded up to a multiple of 64 or 128
+    if not same or not 0 <= model.cfg.padded_vocab_size - tokenizer.vocab_size < 128:
+        raise ValueError(f"--start_from {start_from}: trained with another tokenizer{note} than "
+                         f"{data}; prepare the data with prepare_c4.py --tokenizer and that one")
     return model
 
 
@@ -159,8 +157,8 @@ def lock_run(start: Start, host: dist.ProcessGroup | None = None) -> IO | None:
     """Own the run folder while the returned file is open and this process lives (an OS lock), and
     remove what a killed run left half-written. SystemExit (one line) on all processes, the group
     `host`, if another run owns it or it cannot be written."""
-    file, found = None, [None]
-    if processes()[0] == 0:
+    file, found, rank = None, [None], processes()[0]
+    if rank == 0:
         try:
             start.run.mkdir(parents=True, exist_ok=True)
             file = open(start.run / ".lock", "a")  # noqa: SIM115
@@ -180,7 +178,7 @@ def lock_run(start: Start, host: dist.ProcessGroup | None = None) -> IO | None:
     if host:
         dist.broadcast_object_list(found, src=0, group=host)
     if found[0]:
-        raise SystemExit(f"error: {found[0]}" if processes()[0] == 0 else 1)
+        raise SystemExit(f"error: {found[0]}" if rank == 0 else 1)
     return file
 
 

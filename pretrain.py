@@ -17,7 +17,6 @@ This file is the loop; settings and schedules are in recipes.py, batches in batc
 begins from and saves in checkpoint.py, what it says and costs in runlog.py.
 """
 
-import argparse
 import math
 import os
 import signal
@@ -239,10 +238,10 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     model.train()
     if cfg.compile == "on" or device.type == "cuda":
         compile_now(forward, model, cfg, ahead, autocast)
-    clock, done = Clock(state.train_seconds, device), recipes.share_done(cfg, state)
-    while done < 1.0:
-        rate = recipes.masking_rate(cfg.masking, recipes.stem_done(state.branch, done))
-        scale = recipes.lr_scale(cfg, state.branch, done)
+    clock, progress = Clock(state.train_seconds, device), recipes.share_done(cfg, state)
+    while progress < 1.0:
+        rate = recipes.masking_rate(cfg.masking, recipes.stem_done(state.branch, progress))
+        scale = recipes.lr_scale(cfg, state.branch, progress)
         n_micro = cfg.batch_tokens // cfg.micro_tokens  # over all processes
         numbers = range(state.micro, state.micro + n_micro)
         masked = {m: count_masked(batches, m, rate) for m in numbers}
@@ -271,23 +270,23 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         state.tokens += cfg.batch_tokens
         state.micro += n_micro
         state.train_seconds, stopping = agree(clock.now(), stop.received, host)
-        before, done = done, recipes.share_done(cfg, state)
-        leaving = stopping or done >= 1.0
+        before, progress = progress, recipes.share_done(cfg, state)
+        leaving = stopping or progress >= 1.0
         if leaving or state.step % cfg.log_every == 0:
-            log.train(state, done, cfg.lr * scale, rate, leaving)
-        save = leaving or due(cfg.checkpoint_every, state.step, before, done)
-        if save or due(cfg.eval_every, state.step, before, done):
+            log.train(state, progress, cfg.lr * scale, rate, leaving)
+        save = leaving or due(cfg.checkpoint_every, state.step, before, progress)
+        if save or due(cfg.eval_every, state.step, before, progress):
             with clock.paused():
                 state.train_seconds = clock.seconds
                 if save and not state.is_finite():
                     raise log.diverged(f"the weights are not finite after step {state.step:,}")
-                if done >= 1.0 or not stopping:  # who asks to stop may not wait long: save at once
+                if progress >= 1.0 or not stopping:  # who asks to stop may not wait long
                     found = evaluate(forward, model, cfg, start.eval_batches, autocast)
-                    log.eval(state, done, found)
+                    log.eval(state, progress, found)
                 if save and rank == 0:
-                    progress = {**log.so_far(state), **log.identity, "finished": done >= 1.0}
-                    log.say(f"saved {state.save(start, progress)}")
-        if stopping and done < 1.0:
+                    facts = {**log.so_far(state), **log.identity, "finished": progress >= 1.0}
+                    log.say(f"saved {state.save(start, facts)}")
+        if stopping and progress < 1.0:
             log.say(f"stopped at step {state.step:,}; the same command continues")
             break
     log.close()
@@ -297,31 +296,21 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     return start.run
 
 
-def find_stem(args: list[str]) -> Path | None:
-    """The checkpoint that --cooldown_from names on the command line (a run folder: its newest).
-    ValueError (one line) if it is not there."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--cooldown_from", "--cooldown-from", default="")
-    given = parser.parse_known_args(args)[0].cooldown_from
-    path = (find_checkpoints(given) or [Path(given)])[-1]
-    if given and not (path / "trainer.pt").is_file():
-        raise ValueError(f"--cooldown_from {given}: no checkpoint; give runs/x/ckpt/step_<number>")
-    return path if given else None
-
-
-def read_settings(args: list[str]) -> tuple[str, TrainConfig]:
-    """Preset and settings from the command line; a branch has its stem's settings where none is
-    given. ValueError (one line) for what a branch cannot be."""
-    presets = recipes.make_presets()
-    if stem := find_stem(args):
+def read_command_line(args: list[str]) -> tuple[str, TrainConfig]:
+    """Preset and settings; a branch has its stem's settings where none is given. ValueError (one
+    line) for what a branch cannot be."""
+    how = dict(args=args, description=__doc__, use_underscores=True)
+    cfg = tyro.extras.overridable_config_cli(recipes.make_presets(), **how)
+    if cfg.cooldown_from:
+        stem = (find_checkpoints(cfg.cooldown_from) or [Path(cfg.cooldown_from)])[-1]
+        if not (stem / "trainer.pt").is_file():
+            raise ValueError(f"--cooldown_from {stem}: no checkpoint; give runs/x/ckpt/step_<step>")
         preset, trained = recipes.run_config(stem.parents[1])
         if args[0] != preset:
             raise ValueError(f"{stem} is of preset {preset}, not {args[0]}")
         name = f"{stem.parents[1].name}-cooldown-{int(stem.name[5:])}"
-        presets = {preset: ("", replace(trained, data=(), start_from="", name=name))}
-    cfg = tyro.extras.overridable_config_cli(
-        presets, args=args, description=__doc__, use_underscores=True)
-    if stem:
+        inherited = replace(trained, data=(), start_from="", name=name)
+        cfg = tyro.extras.overridable_config_cli({preset: ("", inherited)}, **how)
         cfg.cooldown_from, cfg.data = str(stem), cfg.data or trained.data
         for k in ("model", "optimizer", "max_steps", "max_tokens", "max_minutes"):
             if getattr(cfg, k) != getattr(trained, k):
@@ -331,7 +320,7 @@ def read_settings(args: list[str]) -> tuple[str, TrainConfig]:
 
 def main() -> None:
     try:
-        settings = read_settings(sys.argv[1:])
+        settings = read_command_line(sys.argv[1:])
     except ValueError as e:
         raise SystemExit(f"error: {e}") from None
     train(*settings)

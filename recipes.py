@@ -128,23 +128,22 @@ def known_settings(settings: dict) -> dict:
 
 def read_settings(run: Path) -> dict:
     """Settings of a run folder, as `known_settings`. ValueError naming the file if unreadable."""
-    path = run / "config.json"
     try:
-        return known_settings(json.loads(path.read_text())["train"])
+        return known_settings(json.loads((run / "config.json").read_text())["train"])
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path}: not the settings of a run ({type(e).__name__}: {e})") from None
+        raise ValueError(f"{run}/config.json: not the settings of a run ({e!r})") from None
 
 
 def run_config(run: Path) -> tuple[str, TrainConfig]:
     """Preset and settings a run folder was trained with; ValueError as `read_settings`."""
     known = read_settings(run)
-    known |= {"model": EncoderConfig(**known["model"]), "data": tuple(known["data"])}
-    known["betas"] = tuple(known["betas"])
+    known |= {k: tuple(known[k]) for k in ("data", "betas")}
+    known["model"] = EncoderConfig(**known["model"])
     return known["preset"], TrainConfig(**{f.name: known[f.name] for f in fields(TrainConfig)})
 
 
 def check_config(cfg: TrainConfig, world_size: int) -> None:
-    """Refuse settings that would fail late or train something else: SystemExit with one line."""
+    """Refuse settings that would fail late or train something else: SystemExit, one line."""
     lengths = cfg.max_steps, cfg.max_tokens, cfg.max_minutes
     passes = cfg.batch_tokens / max(cfg.micro_tokens * world_size, 1)
     lowest = dict.fromkeys(("eval_every", "checkpoint_every", "log_every", "eval_tokens"), 1e-9)
@@ -216,44 +215,44 @@ def share_done(cfg: TrainConfig, state) -> float:
     return state.tokens / cfg.max_tokens if cfg.max_tokens else state.step / cfg.max_steps
 
 
-def lr_scale(cfg: TrainConfig, branch: Branch | None, done: float) -> float:
-    """Scale on the peak learning rate after the share `done` (0..1) of the run, or the branch."""
+def lr_scale(cfg: TrainConfig, branch: Branch | None, progress: float) -> float:
+    """Scale on the peak learning rate at `progress` (0..1) through the run, or the branch."""
     if branch:
-        return branch.lr_scale + (cfg.final_lr - branch.lr_scale) * min(done, 1.0)
-    if done < cfg.warmup:
-        return done / cfg.warmup
+        return branch.lr_scale + (cfg.final_lr - branch.lr_scale) * min(progress, 1.0)
+    if progress < cfg.warmup:
+        return progress / cfg.warmup
     start = cfg.warmup if cfg.schedule == "linear" else 1.0 - cfg.cooldown
-    if done <= start:
+    if progress <= start:
         return 1.0
-    return 1.0 + (cfg.final_lr - 1.0) * min((done - start) / (1.0 - start), 1.0)
+    return 1.0 + (cfg.final_lr - 1.0) * min((progress - start) / (1.0 - start), 1.0)
 
 
-def stem_done(branch: Branch | None, done: float) -> float:
-    """Where in the whole run (0..1) the masking stands."""
-    return branch.share_done + (1.0 - branch.share_done) * done if branch else done
+def stem_done(branch: Branch | None, progress: float) -> float:
+    """How far through the whole run (0..1) the masking is."""
+    return branch.share_done + (1.0 - branch.share_done) * progress if branch else progress
 
 
 def branch_off(stem: TrainConfig, state, cooldown: float) -> Branch:
     """A cool-down that takes the share `cooldown` of the whole, from the `state` of a checkpoint
     of the run `stem`, itself perhaps a branch."""
-    done = share_done(stem, state)
+    progress = share_done(stem, state)
     length = max(1, round(state.tokens * cooldown / (1.0 - cooldown)))
-    there = min(stem_done(state.branch, done), 1.0)
-    return Branch(state.tokens, there, lr_scale(stem, state.branch, done), length)
+    there = min(stem_done(state.branch, progress), 1.0)
+    return Branch(state.tokens, there, lr_scale(stem, state.branch, progress), length)
 
 
-def masking_rate(spec: str, done: float) -> float:
-    """Share of tokens to mask after the share `done` (0..1) of the run. Falling rates beat constant
-    ones: +0.46 GLUE for linear:0.3:0.15 over constant:0.15 on BERT-base (Ankner et al. 2023, arXiv
-    2305.15096). SystemExit (one line) if `spec` cannot be read."""
+def masking_rate(spec: str, progress: float) -> float:
+    """Share of tokens to mask at `progress` (0..1) through the run. Falling rates beat constant
+    ones: +0.46 GLUE for linear:0.3:0.15 against constant:0.15 on BERT-base (Ankner et al. 2023,
+    arXiv 2305.15096). SystemExit (one line) if `spec` cannot be read."""
     try:
         kind, _, numbers = spec.partition(":")
         p, *rest = map(float, numbers.replace("@", ":").split(":"))
         q, share = {
             "constant": lambda: (p, 0.0),
-            "linear": lambda q: (q, done),
-            "cosine": lambda q: (q, 0.5 - 0.5 * math.cos(math.pi * done)),
-            "step": lambda q, at: (q, float(done >= at)),
+            "linear": lambda q: (q, progress),
+            "cosine": lambda q: (q, 0.5 - 0.5 * math.cos(math.pi * progress)),
+            "step": lambda q, at: (q, float(progress >= at)),
         }[kind](*rest)
     except (KeyError, ValueError, TypeError):  # no such kind; no number; too many or too few
         p = q = share = math.nan

@@ -151,7 +151,7 @@ class RunLog:
         self.sums += torch.stack([loss.detach(), n_correct]).to(self.sums)
         self.n_masked, self.n_documents = self.n_masked + n_masked, self.n_documents + n_documents
 
-    def train(self, state: State, done: float, lr: float, rate: float, last: bool) -> None:
+    def train(self, state: State, progress: float, lr: float, rate: float, last: bool) -> None:
         """A line about the steps since the one before; the only wait for the device. SystemExit if
         their loss is not finite or more than twice what knowing nothing costs, log(vocabulary)."""
         step, tokens, seconds = self.since
@@ -171,19 +171,19 @@ class RunLog:
             padding_avoided=round(1 - tokens / (n_documents * self.cfg.seq_len), 4))
         if not loss < 2 * math.log(self.cfg.model.vocab_size):  # so nan, too
             raise self.diverged(f"the loss is {loss:.1f} in steps {step + 1:,} to {state.step:,}")
-        line = (f"step {state.step:,} {min(done, 1):4.0%} | loss {loss:.3f} acc {accuracy:.3f} | "
-                f"lr {lr:.1e} mask {rate:.2f} | {tok_per_s:,.0f} tok/s"
+        line = (f"step {state.step:,} {min(progress, 1):4.0%} | loss {loss:.3f} acc {accuracy:.3f}"
+                f" | lr {lr:.1e} mask {rate:.2f} | {tok_per_s:,.0f} tok/s"
                 f"{f' MFU {mfu:.1%}' if mfu else ''} | {state.train_seconds:,.0f} s")
         if self.bar.disable and (state.step % (10 * self.cfg.log_every) == 0 or last):
             self.say(line)
         self.bar.set_postfix_str(line)
-        self.bar.update(min(done, 1) * 100 - self.bar.n)
+        self.bar.update(min(progress, 1) * 100 - self.bar.n)
         self.clear(state)
 
-    def eval(self, state: State, done: float, found: dict[str, float]) -> None:
+    def eval(self, state: State, progress: float, found: dict[str, float]) -> None:
         """A line about an evaluation, `found` by evaluate()."""
         self.write("eval", **self.so_far(state), **found)
-        self.say(f"step {state.step:,} {min(done, 1):4.0%} | "
+        self.say(f"step {state.step:,} {min(progress, 1):4.0%} | "
                  f"validation loss {found['loss']:.3f} acc {found['accuracy']:.3f}")
 
     def say(self, text: str) -> None:

@@ -112,7 +112,7 @@ class Life:
     def end(self) -> tuple[list[int], str]:
         """Exit codes by rank, and what was said."""
         for p in self.processes:
-            p.join(timeout=120)
+            p.join(timeout=240)
         hung = [p.kill() for p in self.processes if p.is_alive()]
         assert not hung, f"hangs: {self.output.read_text()}"
         return [p.exitcode for p in self.processes], self.output.read_text()
