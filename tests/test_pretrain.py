@@ -1332,7 +1332,7 @@ def test_no_step_waits_for_the_gpu(corpus_dir, tmp_path, monkeypatch, here, reci
     ("mosaic-tiny", "--data no/such/folder", "no/such/folder"),
     ("mosaic-tiny", "--data no/such/folder:0.5", "error: no/such/folder holds"),
     ("mosaic-tiny", "--data=", "holds no meta.json"),
-    ("mosaic-tiny", "--model.attention triton --model.attention_dropout .1", "leave it at"),
+    ("mosaic-tiny", "--model.attention triton --model.attention_dropout .1", "at auto"),
     ("mosaic-tiny", "--wandb", "pip install wandb"),
     ("mosaic-tiny", "--cooldown 1.0", "--cooldown 1.0 are shares of one run"),
     ("mosaic-tiny", "--warmup 0.9 --cooldown 0.2", "are shares of one run"),
