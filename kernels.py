@@ -6,12 +6,10 @@ repeats of its last value; rows after that ("slack") come out as zero and get a 
 
 Attention and cross entropy are `torch.library` ops: opaque to torch.compile, so no graph breaks,
 and none is compiled anew when the documents change. On CUDA the Triton kernels run, elsewhere the
-code under "The CPU backend". No kernel uses atomics: the same input gives the same bits.
-TRITON_INTERPRET=1 runs the Triton kernels on a CPU.
-
-Numbers in the comments count instructions and registers of this file's own sm_90 code (triton 3.9),
-or are arithmetic with an H200's 788 TFLOP/s and 4.3 TB/s. Nothing here has been timed yet;
-`python -m bench.kernels` does that.
+code under "the CPU backend"; with TRITON_INTERPRET=1 Triton runs on a CPU. No kernel uses atomics:
+the same input gives the same bits. Numbers in the comments count instructions and registers of this
+file's sm_90 code (triton 3.9), or are arithmetic with an H200's 788 TFLOP/s and 4.3 TB/s; nothing
+here has been timed yet, which `python -m bench.kernels` does.
 """
 
 import functools
@@ -79,7 +77,7 @@ def alibi_slopes(n_heads: int, ratio: float = 1.0) -> Tensor:
     (forms for encoders: ofirpress/attention_with_linear_biases, issue 5)."""
     n = 2 ** int(math.log2(n_heads))
     slopes = [2.0 ** (-8 * (h + 1) / n) for h in range(n)]
-    slopes += [2.0 ** (-4 * (h + 1) / n) for h in range(2 * n)][0::2][: n_heads - n]
+    slopes += [2.0 ** (-4 * (h + 1) / n) for h in range(0, 2 * (n_heads - n), 2)]
     pairs = [(s, ratio * s) if h % 2 == 0 else (ratio * s, s) for h, s in enumerate(slopes)]
     return torch.tensor(pairs, dtype=torch.float32)
 
@@ -132,8 +130,7 @@ def attention_reference(
 
 
 # At 128 tokens and D = 64 the forward does 64 FLOP per byte of q, k, v and out, and a Hopper chip
-# needs 180 to be busy: below some 370 tokens attention moves bytes, above it multiplies. Hence two
-# paths.
+# needs 180 to be busy: below some 370 tokens attention moves bytes, above it multiplies. Two paths:
 #   one tile  documents of up to 128 tokens: a program owns a whole (document, head), reads each
 #             byte once, needs no online softmax, and does all of the backward: 7 (T, H, D) tensors
 #             of traffic, not two kernels' 12
@@ -146,7 +143,6 @@ def attention_reference(
 #   n         the document's length; rows from n on are a neighbour's: never read, they load as zero
 #   offsets   of rows: 64 bits from the start of qkv to a tile, 32 bits inside it
 
-TILE = 128  # rows per entry of the tile table, and the longest document of the one-tile path
 LOG2_E = tl.constexpr(LOG2E)
 UPCAST = tl.constexpr(INTERPRET)  # the interpreter's bf16 arithmetic is silently wrong
 PRECISION = tl.constexpr("ieee" if INTERPRET else "tf32x3")  # of fp32 operands; others have none
@@ -188,31 +184,21 @@ def _store_rows(base, stride, n, x, D: tl.constexpr):
 
 
 @triton.jit
-def _locate(cu_seqlens, tiles, n_tiles, H: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr):
-    """This program's head, the document's first row and length, and the tile's first row in it.
-    SPLIT programs share an entry of the tile table; 0: no table, n_tiles programs a document."""
+def _locate(cu_seqlens, n_tiles, H: tl.constexpr, ROWS: tl.constexpr):
+    """This program's head, the document's first row and length, and the tile's first row in it, of
+    n_tiles tiles a document; those past its end leave at once."""
     pid = tl.program_id(0)
-    head = pid % H
-    if SPLIT > 0:
-        entry = pid // H // SPLIT
-        document = tl.load(tiles + 2 * entry)
-        tile = tl.load(tiles + 2 * entry + 1) * SPLIT + (pid // H) % SPLIT
-    else:
-        document = pid // H // n_tiles
-        tile = (pid // H) % n_tiles
-    first = tl.load(cu_seqlens + document)
-    n = tl.load(cu_seqlens + document + 1) - first
-    return head.to(tl.int64), first.to(tl.int64), n, tile * ROWS
+    first = tl.load(cu_seqlens + pid // H // n_tiles)
+    n = tl.load(cu_seqlens + pid // H // n_tiles + 1) - first
+    return (pid % H).to(tl.int64), first.to(tl.int64), n, (pid // H) % n_tiles * ROWS
 
 
 @triton.jit
 def _load_slopes(slopes, head):
     """A head's slopes for keys to the left and to the right, in log2 units."""
-    left, right = 0.0, 0.0
-    if slopes is not None:
-        left = tl.load(slopes + 2 * head) * LOG2_E
-        right = tl.load(slopes + 2 * head + 1) * LOG2_E
-    return left, right
+    if slopes is None:
+        return 0.0, 0.0
+    return tl.load(slopes + 2 * head) * LOG2_E, tl.load(slopes + 2 * head + 1) * LOG2_E
 
 
 @triton.jit
@@ -225,14 +211,13 @@ def _add_alibi(s, left, right, x):
 
 @triton.jit(do_not_specialize=["n_tokens", "n_tiles"])
 def _attn_one_tile(
-    qkv, out, dout, lse, dqkv, cu_seqlens, tiles, slopes, rope, n_tokens, stride, n_tiles, scale,
-    BACKWARD: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    SPLIT: tl.constexpr, ROWS: tl.constexpr,
+    qkv, out, dout, lse, dqkv, cu_seqlens, slopes, rope, n_tokens, stride, n_tiles, scale,
+    BACKWARD: tl.constexpr, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
 ):
     """A document of at most ROWS tokens: its scores are one tile, and a plain softmax will do. The
     backward is five matmuls where separate dq and dk/dv kernels need seven, and has delta_i = sum_j
     p_ij dp_ij in registers: `out` is not read at all."""
-    head, first, n, i0 = _locate(cu_seqlens, tiles, n_tiles, H, ROWS, SPLIT)
+    head, first, n, i0 = _locate(cu_seqlens, n_tiles, H, ROWS)
     if i0 >= n:
         return
     base = qkv + first * stride + head * D
@@ -300,11 +285,11 @@ def _side(SIDE: tl.constexpr, at, HELD: tl.constexpr, STEP: tl.constexpr, n):
 
 @triton.jit(do_not_specialize=["n_tokens", "n_tiles"])
 def _attn_fwd_loop(
-    qkv, out, lse, cu_seqlens, tiles, slopes, rope, n_tokens, stride, n_tiles, scale,
-    H: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, HELD: tl.constexpr, STEP: tl.constexpr,
+    qkv, out, lse, cu_seqlens, slopes, rope, n_tokens, stride, n_tiles, scale, H: tl.constexpr,
+    D: tl.constexpr, HELD: tl.constexpr, STEP: tl.constexpr,
 ):
     """HELD queries of a document against all its keys, STEP at a time, with an online softmax."""
-    head, first, n, i0 = _locate(cu_seqlens, tiles, n_tiles, H, HELD, SPLIT)
+    head, first, n, i0 = _locate(cu_seqlens, n_tiles, H, HELD)
     if i0 >= n:
         return
     left, right = _load_slopes(slopes, head)
@@ -347,15 +332,14 @@ def _attn_fwd_loop(
 
 @triton.jit(do_not_specialize=["n_tokens", "n_tiles"])
 def _attn_bwd_loop(
-    qkv, out, dout, lse, delta, dqkv, cu_seqlens, tiles, slopes, rope, n_tokens, stride, n_tiles,
-    scale, KEYS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr,
-    HELD: tl.constexpr, STEP: tl.constexpr,
+    qkv, out, dout, lse, delta, dqkv, cu_seqlens, slopes, rope, n_tokens, stride, n_tiles, scale,
+    KEYS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HELD: tl.constexpr, STEP: tl.constexpr,
 ):
     """The gradient of HELD rows against all rows of the document, STEP at a time: dq of queries, or
     (KEYS, scores transposed) dk and dv of keys. Both are s = x x'^T, dp = y y'^T, dx += ds x', x
     being q or k, y do or v. dq runs first and leaves delta_i = sum_d out_id dout_id for dk:
     FlashAttention's "preprocess" without a launch."""
-    head, first, n, at = _locate(cu_seqlens, tiles, n_tiles, H, HELD, SPLIT)
+    head, first, n, at = _locate(cu_seqlens, n_tiles, H, HELD)
     if at >= n:
         return
     left, right = _load_slopes(slopes, head)
@@ -432,13 +416,13 @@ def _attn_bwd_loop(
 
 @triton.jit(do_not_specialize=["n_tokens", "n_tiles"])
 def _rope_rows(
-    qkv, out, cu_seqlens, tiles, slopes, rope, n_tokens, stride, n_tiles, scale,
-    BACK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr,
+    qkv, out, cu_seqlens, slopes, rope, n_tokens, stride, n_tiles, scale, BACK: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
 ):
     """RoPE for the loop kernels, which would spill with it inside and turn a key once for every
     tile of queries: out (T, 3, H, D) is qkv with q and k turned, or (BACK, in place) dqkv turned
     back. At d = 768 in bf16 that moves 9 KB a token and layer forward, 15 KB backward."""
-    head, first, n, at = _locate(cu_seqlens, tiles, n_tiles, H, ROWS, SPLIT)
+    head, first, n, at = _locate(cu_seqlens, n_tiles, H, ROWS)
     if at >= n:
         return
     for part in tl.static_range(2 if BACK else 3):
@@ -502,32 +486,18 @@ def _attention_options(name: str, config: dict, D: int, max_seqlen: int):
     return _attn_bwd_loop, options | {"KEYS": name == "dkdv"}
 
 
-def attention_tiles(cu_seqlens: Tensor) -> Tensor:
-    """The work list of the attention kernels, built on the CPU together with the batch: (n, 2)
-    int32 pairs of document and tile of TILE rows in it, longest documents first, so that no program
-    starts in vain and no long one starts late."""
-    lens = cu_seqlens.cpu().long().diff()
-    order = torch.argsort(lens, descending=True, stable=True)
-    n_tiles = (lens[order] + TILE - 1) // TILE
-    document = order.repeat_interleave(n_tiles)
-    tile = torch.arange(len(document)) - (n_tiles.cumsum(0) - n_tiles).repeat_interleave(n_tiles)
-    return torch.stack([document, tile], 1).to(torch.int32)
-
-
-def _launch(name, pointers, qkv, cu_seqlens, slopes, tiles, rope, max_seqlen, config):
+def _launch(name, pointers, qkv, cu_seqlens, slopes, rope, max_seqlen, config):
     T, _, H, D = qkv.shape
     kernel, options = _attention_options(name, config, D, max_seqlen)
-    rows = options.get("HELD", TILE)
-    n_tiles, split = triton.cdiv(max_seqlen, rows), TILE // rows
-    programs = H * (n_tiles * (len(cu_seqlens) - 1) if tiles is None else len(tiles) * split)
-    if programs > 0:
+    n_tiles = triton.cdiv(max_seqlen, options.get("HELD") or options["ROWS"])
+    if programs := H * n_tiles * (len(cu_seqlens) - 1):
         kernel[(programs,)](
-            *pointers, cu_seqlens, tiles, slopes, rope, T, pointers[0].stride(0), n_tiles,
-            LOG2E * D**-0.5, H=H, D=D, SPLIT=0 if tiles is None else split, **options,
+            *pointers, cu_seqlens, slopes, rope, T, pointers[0].stride(0), n_tiles,
+            LOG2E * D**-0.5, H=H, D=D, **options,
         )
 
 
-def _attention_triton(qkv, cu_seqlens, slopes, tiles, rope_base, max_seqlen, backward_of=None):
+def _attention_triton(qkv, cu_seqlens, slopes, rope_base, max_seqlen, backward_of=None):
     """out (T, H, D) and lse (H, T), in log2 units; with backward_of = (dout, out, lse), dqkv."""
     T, _, H, D = qkv.shape
     capability = torch.cuda.get_device_capability(qkv.device) if qkv.is_cuda else (9, 0)
@@ -535,7 +505,7 @@ def _attention_triton(qkv, cu_seqlens, slopes, tiles, rope_base, max_seqlen, bac
     one_tile, rope = max_seqlen <= config["one_tile"], None
     if rope_base:
         rope = torch.view_as_real(_kept_rope_table(max_seqlen, D, rope_base, qkv.device))
-    launch = qkv, cu_seqlens, slopes, tiles, rope, max_seqlen, config
+    launch = qkv, cu_seqlens, slopes, rope, max_seqlen, config
     like = functools.partial(torch.empty_like, qkv, memory_format=torch.contiguous_format)
     with torch.cuda.device_of(qkv):
         if rope_base and not one_tile:
@@ -683,6 +653,10 @@ def keep_mask(
     return (bits >= dropped - 2**15).view(like.shape), 2**16 / (2**16 - dropped)
 
 
+def _generator(seed: Tensor | None, dropout_p: float, device) -> torch.Generator | None:
+    return torch.Generator(device).manual_seed(int(seed)) if dropout_p > 0 else None
+
+
 def _scaled_mask(like, generator, dropout_p) -> Tensor | None:
     if generator is None:
         return None
@@ -690,37 +664,30 @@ def _scaled_mask(like, generator, dropout_p) -> Tensor | None:
     return keep.to(like.dtype).mul_(scale)
 
 
-def _cpu_start(qkv, rope_base, max_seqlen, dropout_p, seed):
-    """What forward and backward begin with: the dtype of the matmuls (bf16 stays, CPUs that have it
-    are 6 times faster; no CPU has fp16), RoPE's table, dropout's generator."""
-    table = generator = None
+def _cpu_groups(qkv, cu_seqlens, rope_base, max_seqlen):
+    """What forward and backward step over: (rows (b, s), valid, q, k, v (b, H, s, D), RoPE's table
+    (s, D/2) or None, queries at a time) of each group of documents. bf16 stays for the matmuls, as
+    CPUs that have it are 6 times faster; no CPU has fp16."""
+    table, H, D = None, *qkv.shape[2:]
     dtype = torch.float32 if qkv.dtype == torch.float16 else qkv.dtype
     if rope_base:
-        table = _kept_rope_table(max_seqlen, qkv.shape[-1], rope_base, qkv.device, qkv.dtype)
-    if dropout_p > 0:
-        generator = torch.Generator(qkv.device).manual_seed(int(seed))
-    return dtype, table, generator
-
-
-def _rotated_qkv(qkv, rows, dtype, table):
-    """q, k, v (b, H, s, D) of a group of documents, q and k turned where there is a table."""
-    q, k, v = _split_heads(qkv, rows, dtype)
-    if table is not None:
-        q, k = (rotate(x, table[: rows.shape[1]]).to(dtype) for x in (q, k))
-    return q, k, v
+        table = _kept_rope_table(max_seqlen, D, rope_base, qkv.device, qkv.dtype)
+    for rows, valid in _length_groups(cu_seqlens, H):
+        (b, s), turn = rows.shape, None if table is None else table[: rows.shape[1]]
+        q, k, v = _split_heads(qkv, rows, dtype)
+        if turn is not None:
+            q, k = rotate(q, turn).to(dtype), rotate(k, turn).to(dtype)
+        yield rows, valid, q, k, v, turn, max(1, SCORE_BUDGET // (b * H * s))
 
 
 def _attention_cpu(qkv, cu_seqlens, slopes, rope_base, max_seqlen, dropout_p, seed):
     """out (T, H, D) and lse (H, T), the log2 of each row's softmax sum."""
     T, _, H, D = qkv.shape
-    dtype, table, generator = _cpu_start(qkv, rope_base, max_seqlen, dropout_p, seed)
-    out, lse_dtype = qkv.new_zeros(T, H, D), torch.promote_types(dtype, torch.float32)
-    lse = torch.zeros(T, H, 1, dtype=lse_dtype, device=qkv.device)
-    for rows, valid in _length_groups(cu_seqlens, H):
-        (b, s), o, row_lse = rows.shape, [], []
-        q, k, v = _rotated_qkv(qkv, rows, dtype, table)
-        chunk = max(1, SCORE_BUDGET // (b * H * s))  # a long document is cut into blocks of queries
-        for i0 in range(0, s, chunk):
+    out, lse = qkv.new_zeros(T, H, D), _wide(qkv.new_empty(0)).new_zeros(T, H, 1)
+    generator = _generator(seed, dropout_p, qkv.device)
+    for rows, valid, q, k, v, _, chunk in _cpu_groups(qkv, cu_seqlens, rope_base, max_seqlen):
+        o, row_lse = [], []
+        for i0 in range(0, q.shape[2], chunk):
             p = _group_scores(q[:, :, i0 : i0 + chunk], k, slopes, valid, i0)
             m = p.amax(-1, keepdim=True)
             p.sub_(m).exp_()
@@ -728,7 +695,7 @@ def _attention_cpu(qkv, cu_seqlens, slopes, rope_base, max_seqlen, dropout_p, se
             row_lse.append((m + total.log()) * LOG2E)
             mask = _scaled_mask(p, generator, dropout_p)
             p = p if mask is None else p.mul_(mask)
-            o.append(_wide(p.to(dtype) @ v) / total)
+            o.append(_wide(p.to(v.dtype) @ v) / total)
         _merge_heads_into(out, torch.cat(o, 2), rows, valid)
         _merge_heads_into(lse, torch.cat(row_lse, 2), rows, valid)
     return out, lse.squeeze(-1).t().contiguous()
@@ -738,33 +705,29 @@ def _attention_backward_cpu(
     dout, qkv, out, lse, cu_seqlens, slopes, rope_base, max_seqlen, dropout_p, seed
 ):
     """The five matmuls of the backward: dqkv (T, 3, H, D). P is rebuilt from the scores and lse."""
-    _, _, H, D = qkv.shape
-    dtype, table, generator = _cpu_start(qkv, rope_base, max_seqlen, dropout_p, seed)
     dqkv = torch.zeros_like(qkv, memory_format=torch.contiguous_format)
-    lse = lse.t().unsqueeze(-1)
-    for rows, valid in _length_groups(cu_seqlens, H):
-        b, s = rows.shape
-        q, k, v = _rotated_qkv(qkv, rows, dtype, table)
-        do, o = _split_heads(dout, rows, dtype), _split_heads(out, rows, dtype)
+    lse, scale = lse.t().unsqueeze(-1), qkv.shape[-1] ** -0.5
+    generator = _generator(seed, dropout_p, qkv.device)
+    for rows, valid, q, k, v, turn, chunk in _cpu_groups(qkv, cu_seqlens, rope_base, max_seqlen):
+        do, o = _split_heads(dout, rows, q.dtype), _split_heads(out, rows, q.dtype)
         row_lse = _split_heads(lse, rows, lse.dtype) / LOG2E  # (b, H, s, 1)
         if valid is not None:
             do.masked_fill_(~valid[:, None, :, None], 0)
         delta = (_wide(do) * o).sum(-1, keepdim=True)
         dq, dk, dv = (torch.zeros_like(x, dtype=delta.dtype) for x in (q, k, v))
-        chunk = max(1, SCORE_BUDGET // (b * H * s))
-        for i0 in range(0, s, chunk):
+        for i0 in range(0, q.shape[2], chunk):
             i = slice(i0, i0 + chunk)
             p = _group_scores(q[:, :, i], k, slopes, valid, i0).sub_(row_lse[:, :, i]).exp_()
             mask = _scaled_mask(p, generator, dropout_p)
-            dv += (p if mask is None else p * mask).to(dtype).transpose(-1, -2) @ do[:, :, i]
+            dv += (p if mask is None else p * mask).to(v.dtype).transpose(-1, -2) @ do[:, :, i]
             ds = _wide(do[:, :, i] @ v.transpose(-1, -2))
-            ds = (ds if mask is None else ds.mul_(mask)).sub_(delta[:, :, i]).mul_(p).to(dtype)
+            ds = (ds if mask is None else ds.mul_(mask)).sub_(delta[:, :, i]).mul_(p).to(q.dtype)
             dq[:, :, i] = ds @ k
             dk += ds.transpose(-1, -2) @ q[:, :, i]
-        if table is not None:
-            back = table[:s].conj_physical()  # a lazy conj() is lost in an op of a compiled graph
+        if turn is not None:
+            back = turn.conj_physical()  # a lazy conj() is lost in an op of a compiled graph
             dq, dk = rotate(dq, back), rotate(dk, back)
-        for j, grad in enumerate((dq.mul_(D**-0.5), dk.mul_(D**-0.5), dv)):
+        for j, grad in enumerate((dq.mul_(scale), dk.mul_(scale), dv)):
             _merge_heads_into(dqkv[:, j], grad, rows, valid)
     return dqkv
 
@@ -843,35 +806,36 @@ def _attention_padded(qkv, cu_seqlens, max_seqlen, slopes, rope_base, dropout_p)
 
 
 def _check_attention(qkv, cu_seqlens, slopes, max_seqlen, use_triton):
-    problem, D, dtypes = "", qkv.shape[-1], [torch.float32, torch.bfloat16, torch.float16]
-    if qkv.dtype not in dtypes + [torch.float64] * (not use_triton):
-        problem = f"qkv cannot be {qkv.dtype}"
-    elif qkv.dim() != 4 or qkv.shape[1] != 3 or qkv.stride()[1:] != (qkv.shape[2] * D, D, 1):
-        problem = f"qkv must be (T, 3, H, D), rows contiguous; got {qkv.shape}, {qkv.stride()}"
+    (H, D), cu = qkv.shape[-2:], cu_seqlens
+    dtypes = [torch.float32, torch.bfloat16, torch.float16] + [torch.float64] * (not use_triton)
+    flat = qkv.dim() == 4 and qkv.shape[1] == 3 and qkv.stride()[1:] == (H * D, D, 1)
+    problem = ""
+    if qkv.dtype not in dtypes or not flat:
+        problem = f"qkv must be (T, 3, H, D) floats, rows contiguous; got {qkv.shape} {qkv.dtype}"
     elif use_triton and (D % 16 or not 16 <= D <= 128):
         problem = f"head dimension {D} is not a multiple of 16 from 16 to 128"
-    elif slopes is not None and (slopes.shape, slopes.dtype) != ((qkv.shape[2], 2), torch.float32):
-        problem = f"slopes must be ({qkv.shape[2]}, 2) float32, got {slopes.shape} {slopes.dtype}"
-    elif cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
-        problem = f"cu_seqlens must be (B+1,) int32, got {cu_seqlens.shape} {cu_seqlens.dtype}"
-    elif not cu_seqlens.is_cuda:  # a look at values costs a synchronisation there
-        lens, last = cu_seqlens.diff(), int(cu_seqlens[-1])
-        if int(cu_seqlens[0]) != 0 or last > len(qkv) or (len(lens) and int(lens.min()) < 0):
-            problem = f"cu_seqlens must go up from 0 to at most {len(qkv)}: {cu_seqlens.tolist()}"
-        elif len(lens) and int(lens.max()) > max_seqlen:
-            problem = f"a document of {int(lens.max())} tokens does not fit max_seqlen={max_seqlen}"
+    elif slopes is not None and (slopes.shape, slopes.dtype) != ((H, 2), torch.float32):
+        problem = f"slopes must be ({H}, 2) float32, got {slopes.shape} {slopes.dtype}"
+    elif cu.dtype != torch.int32 or cu.dim() != 1 or len(cu) == 0:
+        problem = f"cu_seqlens must be (B+1,) int32, got {cu.shape} {cu.dtype}"
+    elif not cu.is_cuda:  # a look at values costs a synchronisation there
+        lens = cu.diff().tolist()
+        if int(cu[0]) != 0 or int(cu[-1]) > len(qkv) or min(lens, default=0) < 0:
+            problem = f"cu_seqlens must go up from 0 to at most {len(qkv)}: {cu.tolist()}"
+        elif max(lens, default=0) > max_seqlen:
+            problem = f"a document of {max(lens)} tokens does not fit max_seqlen={max_seqlen}"
     if problem:
         raise ValueError(f"varlen_attention: {problem}")
 
 
 @torch.library.custom_op("nanomosaic::attention", mutates_args=())
 def _attention(
-    qkv: Tensor, cu_seqlens: Tensor, slopes: Tensor | None, tiles: Tensor | None,
-    seed: Tensor | None, rope_base: float, max_seqlen: int, dropout_p: float, use_triton: bool,
+    qkv: Tensor, cu_seqlens: Tensor, slopes: Tensor | None, seed: Tensor | None, rope_base: float,
+    max_seqlen: int, dropout_p: float, use_triton: bool,
 ) -> tuple[Tensor, Tensor]:
     _check_attention(qkv, cu_seqlens, slopes, max_seqlen, use_triton)
     if use_triton:
-        return _attention_triton(qkv, cu_seqlens, slopes, tiles, rope_base, max_seqlen)
+        return _attention_triton(qkv, cu_seqlens, slopes, rope_base, max_seqlen)
     return _attention_cpu(qkv, cu_seqlens, slopes, rope_base, max_seqlen, dropout_p, seed)
 
 
@@ -884,12 +848,11 @@ def _(qkv, *_):
 @torch.library.custom_op("nanomosaic::attention_backward", mutates_args=())
 def _attention_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, slopes: Tensor | None,
-    tiles: Tensor | None, seed: Tensor | None, rope_base: float, max_seqlen: int, dropout_p: float,
-    use_triton: bool,
+    seed: Tensor | None, rope_base: float, max_seqlen: int, dropout_p: float, use_triton: bool,
 ) -> Tensor:
     if use_triton:
         saved = dout, out, lse
-        return _attention_triton(qkv, cu_seqlens, slopes, tiles, rope_base, max_seqlen, saved)
+        return _attention_triton(qkv, cu_seqlens, slopes, rope_base, max_seqlen, saved)
     saved = dout, qkv, out, lse, cu_seqlens, slopes
     return _attention_backward_cpu(*saved, rope_base, max_seqlen, dropout_p, seed)
 
@@ -898,14 +861,14 @@ _attention_backward.register_fake(lambda dout, qkv, *_: qkv.new_empty(qkv.shape)
 
 
 def _attention_save(ctx, inputs, output):
-    qkv, cu_seqlens, slopes, tiles, seed, *ctx.settings = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(qkv, out, lse, cu_seqlens, slopes, tiles, seed)
+    qkv, *tensors = inputs[:4]
+    ctx.settings = inputs[4:]
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(qkv, *output, *tensors)
 
 
 def _attention_grad(ctx, dout, _dlse):
-    return _attention_backward(dout, *ctx.saved_tensors, *ctx.settings), *[None] * 8
+    return _attention_backward(dout, *ctx.saved_tensors, *ctx.settings), *[None] * 7
 
 
 _attention.register_autograd(_attention_grad, setup_context=_attention_save)
@@ -913,8 +876,7 @@ _attention.register_autograd(_attention_grad, setup_context=_attention_save)
 
 def varlen_attention(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, slopes: Tensor | None = None, *,
-    rope_base: float = 0.0, tiles: Tensor | None = None, dropout_p: float = 0.0,
-    seed: Tensor | None = None, backend: str = "auto",
+    rope_base: float = 0.0, dropout_p: float = 0.0, seed: Tensor | None = None, backend="auto",
 ) -> Tensor:
     """Attention inside each document of a flat batch, with ALiBi, RoPE, both or neither:
 
@@ -927,7 +889,6 @@ def varlen_attention(
     max_seqlen  no document is longer; it picks the kernel, so keep it fixed in training
     slopes      (H, 2) fp32 (`alibi_slopes`), or None for no bias; never given a gradient
     rope_base   of RoPE's wavelengths (`rope_table`), positions count inside each document; 0: none
-    tiles       the work list of `attention_tiles`, on qkv's device; None: a rectangular grid
     dropout_p   dropout of the attention weights, "cpu" and "padded" only. cpu: `seed` (0-dim int64
                 CPU tensor) fixes the mask and is drawn from torch's CPU generator when None;
                 padded: torch's generator of the device decides
@@ -937,16 +898,13 @@ def varlen_attention(
     backend, _ = attention_backend(qkv.device.type, backend, dropout_p)
     if backend == "padded":
         return _attention_padded(qkv, cu_seqlens, max_seqlen, slopes, rope_base, dropout_p)
-    use_triton = backend == "triton"
-    if use_triton and not _use_triton(qkv):
-        raise ValueError("varlen_attention: Triton runs on CUDA tensors; choose another backend")
-    if use_triton and dropout_p > 0:
-        raise ValueError('varlen_attention: the Triton kernel has no dropout; backend "padded" has')
+    if backend == "triton" and (dropout_p > 0 or not _use_triton(qkv)):
+        problem = "has no dropout" if dropout_p > 0 else "runs on CUDA tensors"
+        raise ValueError(f"varlen_attention: Triton {problem}; choose another backend")
     if dropout_p > 0 and seed is None:
         seed = torch.randint(2**62, (), dtype=torch.int64)
-    settings = rope_base, max_seqlen, dropout_p, use_triton
-    out, _ = _attention(qkv, cu_seqlens, slopes, tiles, seed, *settings)
-    return out
+    settings = rope_base, max_seqlen, dropout_p, backend == "triton"
+    return _attention(qkv, cu_seqlens, slopes, seed, *settings)[0]
 
 
 @torch.library.custom_op("nanomosaic::cross_entropy_", mutates_args=("logits",))
@@ -975,39 +933,18 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor, keep_gradient=False):
     (loss_sum, n_correct), fp32 and 0-dim. Divide by the number of rows yourself: the host knows it.
 
     logits (M, V) fp32, bf16 or fp16, last axis contiguous, without a gradient of their own; with
-    keep_gradient they are **overwritten** by the gradient of the sum. labels (M,) int64 below V.
-    ValueError where shapes do not fit."""
-    if logits.stride(1) != 1 or labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(
-            "masked_cross_entropy: needs logits (M, V) with a contiguous last axis and labels (M,) "
-            f"int64, got {tuple(logits.shape)} and {tuple(labels.shape)} {labels.dtype}"
-        )
+    keep_gradient they are **overwritten** by the gradient of the sum. labels (M,) int64 below V."""
+    assert logits.stride(1) == 1 and labels.shape == logits.shape[:1], (logits.shape, labels.shape)
     losses, correct = _cross_entropy_(logits.detach(), labels, keep_gradient)
     return losses.sum(), correct.sum()
 
 
-class _GatherRows(torch.autograd.Function):
-    """With a plain scatter as gradient: torch's own adds up rows that were taken twice."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, indices: Tensor) -> Tensor:
-        ctx.save_for_backward(indices)
-        ctx.n_rows = len(x)
-        rows = x.index_select(0, indices.clamp(min=0))
-        return rows.masked_fill_((indices < 0).view(-1, *[1] * (x.dim() - 1)), 0)
-
-    @staticmethod
-    def backward(ctx, g: Tensor):
-        return scatter_rows(g, *ctx.saved_tensors, ctx.n_rows), None
-
-
 def gather_rows(x: Tensor, indices: Tensor) -> Tensor:
-    """Rows `indices` (M,) int64 of x (R, ...): (M, ...), with a gradient and without a host
-    synchronisation.
-
-    An index may appear once only (the gradient is a plain scatter). A negative index is a filler:
-    it reads a row of zeros and its gradient is dropped, so that M can be a fixed size."""
-    return _GatherRows.apply(x, indices)
+    """Rows `indices` (M,) int64 of x (R, ...): (M, ...), without a host synchronisation. Each index
+    appears once, but for negative ones: fillers, so that M can be a fixed size. They read a row of
+    zeros, and their gradient is dropped."""
+    filler = (indices < 0).view(-1, *[1] * (x.dim() - 1))
+    return x.index_select(0, indices.clamp(min=0)).masked_fill(filler, 0)
 
 
 def scatter_rows(x_flat: Tensor, indices: Tensor, n_rows: int) -> Tensor:

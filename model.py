@@ -226,7 +226,7 @@ class Attention(nn.Module):
         slopes = kernels.alibi_slopes(cfg.n_heads, cfg.alibi_ratio) if alibi else None
         self.register_buffer("slopes", slopes, persistent=False)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, tiles: Tensor | None):
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int):
         T, d = x.shape
         qkv = self.qkv(x).view(T, 3, self.n_heads, d // self.n_heads)  # (T, 3, H, D)
         dropout = self.dropout if self.training else 0.0
@@ -235,7 +235,7 @@ class Attention(nn.Module):
         slopes = None if self.slopes is None else self.slopes.float()
         # in evaluation the backend of training
         backend, _ = kernels.attention_backend(x.device.type, *self.asked)
-        how = dict(rope_base=self.rope_base, tiles=tiles, dropout_p=dropout, seed=seed)
+        how = dict(rope_base=self.rope_base, dropout_p=dropout, seed=seed)
         out = kernels.varlen_attention(qkv, cu_seqlens, max_seqlen, slopes, backend=backend, **how)
         return out.view(T, d)
 
@@ -276,9 +276,9 @@ class Layer(nn.Module):
         self.mlp_norm = LayerNorm(cfg)
         self.dropout = Dropout(cfg.output_dropout)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, tiles, rows) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows) -> Tensor:
         h = self.attention_norm(x) if self.pre_norm else x
-        h = self.attention(h, cu_seqlens, max_seqlen, tiles)  # (T, d)
+        h = self.attention(h, cu_seqlens, max_seqlen)  # (T, d)
         # MosaicBERT: the last layer needs keys and values everywhere, the rest only on `rows`
         if rows is not None:
             h, x = kernels.gather_rows(h, rows), kernels.gather_rows(x, rows)  # (R, d)
@@ -378,14 +378,14 @@ class Encoder(Pretrained):
 
     def flat(
         self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, token_type_ids=None,
-        tiles: Tensor | None = None, rows: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """The training path. Padding does not exist here.
 
         input_ids (T,) int64 · cu_seqlens (B+1,) int32, from 0 to at most T, repeats allowed (empty
-        documents) · max_seqlen: no document is longer · token_type_ids (T,), default all 0 · tiles:
-        kernels.attention_tiles, optional work list of the Triton kernels · rows (R,) int64: those
-        wanted. Returns (T, d), or (R, d) with `rows`. Rows behind the last document mean nothing.
+        documents) · max_seqlen: no document is longer · token_type_ids (T,), default all 0 · rows
+        (R,) int64: those wanted. Returns (T, d), or (R, d) with `rows`. Rows behind the last
+        document mean nothing.
         """
         if self.cfg.position == "learned" and max_seqlen > self.cfg.max_positions:
             raise ValueError(
@@ -395,7 +395,7 @@ class Encoder(Pretrained):
         x = self.embeddings(input_ids, cu_seqlens, token_type_ids)
         for i, layer in enumerate(self.layers):
             last = i == self.cfg.n_layers - 1 and self.cfg.masked_only_last_layer
-            args = (x, cu_seqlens, max_seqlen, tiles, rows if last else None)
+            args = (x, cu_seqlens, max_seqlen, rows if last else None)
             if self.cfg.activation_checkpointing and self.training:
                 x = checkpoint(layer, *args, use_reentrant=False)
             else:
@@ -408,7 +408,7 @@ class Encoder(Pretrained):
         """Hidden states: (B, S, d) of a padded batch, zero at the padding; (T, d) of a flat one.
 
         Here and in every head `inputs` are input_ids, attention_mask and token_type_ids, the last
-        two optional; `documents` make a batch flat: cu_seqlens, max_seqlen and perhaps tiles.
+        two optional; `documents` make a batch flat: cu_seqlens and max_seqlen.
         """
         flat, padding = _as_flat(*inputs, **documents)
         return _pad_again(self.flat(**flat), padding)

@@ -36,9 +36,8 @@ from torch.nn.parallel import DistributedDataParallel
 import recipes
 from batches import EVAL_MICRO_TOKENS, Batch, Batches, count_masked, mask_tokens, one_mask_each
 from checkpoint import State, lock_run, resolve_start
-from kernels import attention_backend, attention_tiles
 from machine import pick_device, pick_dtype, processes
-from model import EncoderConfig, MaskedLM, find_checkpoints
+from model import MaskedLM, find_checkpoints
 from recipes import TrainConfig
 from runlog import Clock, RunLog
 
@@ -78,56 +77,50 @@ def wrap(model: MaskedLM, cfg: TrainConfig, device: torch.device, world: int) ->
 # ----------------------------------------------------------------------------- micro-batches
 
 
-def uses_triton(cfg: EncoderConfig, device: torch.device) -> bool:
-    return attention_backend(device.type, cfg.attention, cfg.attention_dropout)[0] == "triton"
-
-
-def pin(device: torch.device, *tensors: Tensor | None) -> list[Tensor | None]:
+def pin(device: torch.device, *tensors: Tensor) -> list[Tensor]:
     """Tensors of the host, ready for copies to `device` that the host does not wait for."""
-    return [t.pin_memory() if t is not None and device.type == "cuda" else t for t in tensors]
+    return [t.pin_memory() if device.type == "cuda" else t for t in tensors]
 
 
-def build(batches: Batches, m: int, use_triton: bool, device: torch.device
-          ) -> tuple[Batch, Tensor | None]:
-    """Micro-batch m and, for the Triton kernels, the list of what to do in it, pinned."""
+def build(batches: Batches, m: int, device: torch.device) -> Batch:
+    """Micro-batch m, pinned."""
     batch = batches(m)
-    tiles = attention_tiles(batch.cu_seqlens) if use_triton else None
-    flat = pin(device, batch.input_ids, batch.special, batch.cu_seqlens, tiles)
-    batch.input_ids, batch.special, batch.cu_seqlens, tiles = flat
-    return batch, tiles
+    flat = pin(device, batch.input_ids, batch.special, batch.cu_seqlens)
+    batch.input_ids, batch.special, batch.cu_seqlens = flat
+    return batch
 
 
 class Ahead:
-    """Micro-batches first, first + step, ...: next() gives (m, batch, tiles) as `build` makes them.
-    Each is built in a thread while the one before it is computed."""
+    """Micro-batches first, first + step, ...: next() gives (m, batch) as `build` makes it. Each is
+    built in a thread while the one before it is computed."""
 
-    def __init__(self, batches: Batches, first: int, step: int, *how):
-        self.batches, self.m, self.step, self.how = batches, first, step, how
+    def __init__(self, batches: Batches, first: int, step: int, device: torch.device):
+        self.batches, self.m, self.step, self.device = batches, first, step, device
         self.pool = ThreadPoolExecutor(1)
-        self.coming = self.pool.submit(build, batches, first, *how)
+        self.coming = self.pool.submit(build, batches, first, device)
 
-    def next(self) -> tuple[int, Batch, Tensor | None]:
-        m, (batch, tiles) = self.m, self.coming.result()
+    def next(self) -> tuple[int, Batch]:
+        m, batch = self.m, self.coming.result()
         self.m += self.step
-        self.coming = self.pool.submit(build, self.batches, self.m, *self.how)
-        return m, batch, tiles
+        self.coming = self.pool.submit(build, self.batches, self.m, self.device)
+        return m, batch
 
 
-def model_inputs(ids: Tensor, cu_seqlens: Tensor, tiles: Tensor | None, masked_idx: Tensor,
-                 labels: Tensor, seq_len: int, device: torch.device) -> dict:
+def model_inputs(ids: Tensor, cu_seqlens: Tensor, masked_idx: Tensor, labels: Tensor, seq_len: int,
+                 device: torch.device) -> dict:
     """A batch as arguments of MaskedLM: ids (T,), cu_seqlens (B+1,), masked_idx and labels (M,)."""
-    flat = dict(cu_seqlens=cu_seqlens, tiles=tiles, masked_idx=masked_idx, labels=labels)
-    flat = {k: t.to(device, non_blocking=True) for k, t in flat.items() if t is not None}
+    flat = dict(cu_seqlens=cu_seqlens, masked_idx=masked_idx, labels=labels)
+    flat = {k: t.to(device, non_blocking=True) for k, t in flat.items()}
     for t in flat.values():  # their lengths vary; without this, a compilation for each
         torch._dynamo.maybe_mark_dynamic(t, 0)
     return dict(input_ids=ids.to(device, non_blocking=True), max_seqlen=seq_len, **flat)
 
 
-def masked_inputs(batches: Batches, m: int, batch: Batch, tiles: Tensor | None, n_masked: int,
-                  corruption: str, seed: int, device: torch.device) -> dict:
+def masked_inputs(batches: Batches, m: int, batch: Batch, n_masked: int, corruption: str, seed: int,
+                  device: torch.device) -> dict:
     """Micro-batch m with `n_masked` tokens masked, as arguments of MaskedLM on the device."""
     ids, *masked = mask_tokens(batch, batches.tokenizer, n_masked, corruption, seed, m, device)
-    return model_inputs(ids, batch.cu_seqlens, tiles, *masked, batches.seq_len, device)
+    return model_inputs(ids, batch.cu_seqlens, *masked, batches.seq_len, device)
 
 
 @torch.no_grad()
@@ -136,7 +129,6 @@ def evaluate(forward, model: MaskedLM, cfg: TrainConfig, batches: Batches, autoc
     """Loss, accuracy and pseudo-perplexity on validation tokens and 15 % masks that depend on the
     data and seq_len and nothing else. `forward` is `model` as the loop calls it."""
     (rank, world), device = processes(), next(model.parameters()).device
-    use_triton = uses_triton(cfg.model, device)
     model.eval()
     totals = torch.zeros(6, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
 
@@ -147,13 +139,12 @@ def evaluate(forward, model: MaskedLM, cfg: TrainConfig, batches: Batches, autoc
         into += torch.stack([loss, n_correct]).to(into)
 
     for m in range(rank, max(1, cfg.eval_tokens // batches.micro_tokens), world):
-        built, n_masked = build(batches, m, use_triton, device), count_masked(batches, m, 0.15)
-        add_up(masked_inputs(batches, m, *built, n_masked, "80/10/10", 0, device), totals[:2])
+        batch, n_masked = build(batches, m, device), count_masked(batches, m, 0.15)
+        add_up(masked_inputs(batches, m, batch, n_masked, "80/10/10", 0, device), totals[:2])
         totals[4] += n_masked
     alone = one_mask_each(batches(0), batches.tokenizer, cfg.pppl_tokens, EVAL_MICRO_TOKENS)
     for ids, cu_seqlens, masked_idx, labels in list(alone)[rank::world]:
-        tiles = attention_tiles(cu_seqlens) if use_triton else None
-        flat = pin(device, ids, cu_seqlens, tiles, masked_idx, labels)
+        flat = pin(device, ids, cu_seqlens, masked_idx, labels)
         add_up(model_inputs(*flat, cfg.seq_len, device), totals[2:4])
         totals[5] += len(labels)
     if world > 1:
@@ -198,10 +189,10 @@ def due(every: float, step: int, before: float, after: float) -> bool:
 
 def compile_now(forward, model: MaskedLM, cfg: TrainConfig, ahead: Ahead, autocast) -> None:
     """A forward and backward for nothing, so that compilation is not counted as training."""
-    device, built = next(model.parameters()).device, ahead.coming.result()
+    device, batch = next(model.parameters()).device, ahead.coming.result()
     n_masked = count_masked(ahead.batches, ahead.m, recipes.masking_rate(cfg.masking, 0.5))
     how = n_masked, cfg.corruption, cfg.seed, device
-    inputs = masked_inputs(ahead.batches, ahead.m, *built, *how)
+    inputs = masked_inputs(ahead.batches, ahead.m, batch, *how)
     with autocast:
         loss, _ = forward(**inputs)
     loss.backward()
@@ -234,7 +225,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     state.begin(start, cfg)
     forward = wrap(model, cfg, device, world)
     log, stop = RunLog(preset, cfg, start, state, host), StopSignal()
-    ahead = Ahead(batches, state.micro + rank, world, uses_triton(cfg.model, device), device)
+    ahead = Ahead(batches, state.micro + rank, world, device)
     model.train()
     if cfg.compile == "on" or device.type == "cuda":
         compile_now(forward, model, cfg, ahead, autocast)
@@ -247,10 +238,10 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         masked = {m: count_masked(batches, m, rate) for m in numbers}
         n_masked = sum(masked.values())
         for i in range(n_micro // world):
-            m, batch, tiles = ahead.next()
+            m, batch = ahead.next()
             torch.manual_seed(cfg.seed * 1_000_003 + m)  # dropout depends on the micro-batch only
             how = masked[m], cfg.corruption, cfg.seed, device
-            inputs = masked_inputs(batches, m, batch, tiles, *how)
+            inputs = masked_inputs(batches, m, batch, *how)
             syncs = world == 1 or i == n_micro // world - 1
             with nullcontext() if syncs else forward.no_sync():
                 with autocast:

@@ -141,8 +141,7 @@ def attention_peers(qkv, dout, lengths: list[int], slopes, device: str = "cuda")
         return [x.detach().contiguous().requires_grad_() for x in xs]
 
     def ours():
-        tiles = kernels.attention_tiles(cu).to(device)
-        f = lambda x: kernels.varlen_attention(x, cu, n, slopes, tiles=tiles)
+        f = lambda x: kernels.varlen_attention(x, cu, n, slopes)
         return f, leaves(qkv), dout
 
     def flex():

@@ -31,7 +31,6 @@ from batches import Batch, Batches, count_masked, mask_tokens
 from bench.kernels import C4_PERCENT, C4_QUANTILES
 from corpus.shards import Corpus
 from corpus.tokenizer import SPECIALS, Tokenizer
-from kernels import attention_backend
 from model import MaskedLM, flops_per_token
 from pretrain import build, make_optimizers, model_inputs
 from recipes import TrainConfig, make_presets, masking_rate
@@ -136,17 +135,15 @@ def ours(cfg: Config, family: str, size: str, seq_len: int, compiled: bool, sour
     forward = torch.compile(model) if compiled else model
     batches = Batches([corpus], tokenizer, seq_len, recipe.micro_tokens, "first", seed)
     rate = masking_rate(recipe.masking, 0.0)
-    backend, _ = attention_backend(device.type, shape.attention, shape.attention_dropout)
 
-    def inputs(m, built):
-        batch, tiles = built
+    def inputs(m, batch):
         n_masked = count_masked(batches, m, rate)
         ids, *masked = mask_tokens(batch, tokenizer, n_masked, recipe.corruption, seed, m, device)
-        return model_inputs(ids, batch.cu_seqlens, tiles, *masked, seq_len, device), len(ids)
+        return model_inputs(ids, batch.cu_seqlens, *masked, seq_len, device), len(ids)
 
     return Contender(
         f"{family}-{size}", model, make_optimizers(recipe, model, device),
-        lambda m: build(batches, m, backend == "triton", device), inputs,
+        lambda m: build(batches, m, device), inputs,
         lambda **x: forward(**x)[0] / len(x["labels"]),
         flops_per_token(shape, batches.effective_length(), rate))
 

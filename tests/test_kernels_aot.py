@@ -61,9 +61,8 @@ def attention_rows(chip, D, dtype, **changes):
     launches += [(name, n) for n in (64, 128) if n <= config["one_tile"] for name in ("fwd", "bwd")]
     for name, n in launches:
         kernel, options = kernels._attention_options(name, config, D, n)
-        split = kernels.TILE // options.get("HELD", kernels.TILE)
         loop = {"rope": None} if "HELD" in options else {}  # _rope_rows has turned q and k before
-        yield kernel, options | {"H": 12, "D": D, "SPLIT": split} | loop | changes
+        yield kernel, options | {"H": 12, "D": D} | loop | changes
 
 
 def cross_entropy_and_slack_rows():
@@ -131,8 +130,8 @@ def test_attention_on_every_chip(chip, D, changes, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", SHARED_KB)
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
-def test_attention_without_positions_and_tile_table_in_other_dtypes(chip, dtype, tmp_path):
-    rows = attention_rows(chip, 64, dtype, slopes=None, rope=None, SPLIT=0)
+def test_attention_without_positions_in_other_dtypes(chip, dtype, tmp_path):
+    rows = attention_rows(chip, 64, dtype, slopes=None, rope=None)
     check(chip, rows, dtype, tmp_path, wgmma=chip == 90 and dtype == "fp16")
     check(chip, attention_rows(chip, 128, "fp32"), "fp32", tmp_path)
     check(chip, cross_entropy_and_slack_rows(), dtype, tmp_path)

@@ -12,7 +12,6 @@ from oracle import EDGES, assert_close_to_exact, oracles, with_grad
 
 from kernels import (
     alibi_slopes,
-    attention_tiles,
     cross_entropy_reference,
     gather_rows,
     masked_cross_entropy,
@@ -77,9 +76,8 @@ def test_packed_equals_alone_and_repeats_bitwise(lengths):
     documents = zip(qkv.split(lengths), dout.split(lengths))
     alone = [attend(x, g, [len(x)], **how) for x, g in documents]
     assert all(torch.equal(a, b) for a, b in zip(packed, map(torch.cat, zip(*alone))))
-    tiles = attention_tiles(offsets(lengths)).cuda()
     for _ in range(20):
-        again = attend(qkv, dout, lengths, tiles=tiles, **how)
+        again = attend(qkv, dout, lengths, **how)
         assert all(torch.equal(a, b) for a, b in zip(packed, again))
 
 
@@ -146,11 +144,11 @@ def test_cross_entropys_error_is_at_most_twice_torchs(dtype):
 def test_compiled_training_step_makes_no_host_synchronisation():
     lengths, slopes = [100, 300, 28], slopes_of(12)
     qkv, cu = draw(lengths, 12, 64)[0].requires_grad_(), offsets(lengths)
-    tiles, index = attention_tiles(cu).cuda(), torch.arange(0, 400, 3, device="cuda")
+    index = torch.arange(0, 400, 3, device="cuda")
 
     @torch.compile(fullgraph=True)
     def f(qkv):
-        out = varlen_attention(qkv * 2, cu, 300, slopes, rope_base=1e3, tiles=tiles).flatten(1)
+        out = varlen_attention(qkv * 2, cu, 300, slopes, rope_base=1e3).flatten(1)
         return gather_rows(out, index).float().sum()
 
     without_waiting(lambda: f(qkv).backward())
@@ -176,8 +174,7 @@ def test_sixty_seconds_of_random_shapes():
         lengths = [draw_length() for _ in range(rng.randint(1, 12))] + [1]
         H, D = rng.choice([1, 2, 12, 16]), rng.choice([16, 32, 48, 64, 96, 128])
         slopes = rng.choice([None, slopes_of(H), slopes_of(H, 8.0) * 10])
-        tiles = attention_tiles(offsets(lengths)).cuda() if rng.random() < 0.5 else None
         qkv, dout = draw(lengths, H, D, rng.choice([torch.bfloat16, torch.float16]), seed=seed)
-        how = dict(tiles=tiles, max_seqlen=longest, rope_base=rng.choice([0.0, 1e3]))
+        how = dict(max_seqlen=longest, rope_base=rng.choice([0.0, 1e3]))
         check_error(qkv, dout, lengths, slopes, f"seed {seed}, {lengths}, H {H}, D {D}", **how)
     print(f"{seed} shapes")
