@@ -132,7 +132,10 @@ def run(*args, code=0, **kwargs) -> str:
 
 @pytest.fixture
 def here(monkeypatch, capsys):
-    """pretrain.py in this process, so that its parts can be replaced; returns what it printed."""
+    """pretrain.py in this process, so that its parts can be replaced; returns what it printed. One
+    thread, as the processes of `start` have: sums of two differ in the last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def go(argv: list[str]) -> str:
@@ -142,6 +145,7 @@ def here(monkeypatch, capsys):
         return capsys.readouterr().out
 
     yield go
+    torch.set_num_threads(threads)
     for s, handler in handlers.items():
         signal.signal(s, handler)
 
