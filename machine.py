@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from records import to_json, write_atomically
+from records import make_folder, to_json, write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -113,6 +113,19 @@ def failure(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
+def report_path(mode: str, device: torch.device, out: str = "") -> Path:
+    """Where a benchmark's report goes: `out`, or results/<mode>-<device>.json. SystemExit, one
+    line, if it cannot be written there: call this before the work too."""
+    slug = re.sub(r"[^a-z0-9]+", "-", hardware_name(device).lower()).strip("-")
+    path = Path(out or Path(__file__).parent / "results" / f"{mode}-{slug}.json")
+    try:
+        make_folder(path.parent)
+    except OSError as error:
+        raise SystemExit(f"error: the report cannot be written: {error}; give another --out"
+                         ) from None
+    return path
+
+
 def write_report(mode: str, body: dict, device: torch.device, out: str = "") -> Path:
     """Write a benchmark's `body` under a header (device, versions, revision, command, time) to
     `out` or results/<mode>-<device>.json; returns the path. SystemExit, one line, if that fails."""
@@ -120,16 +133,9 @@ def write_report(mode: str, body: dict, device: torch.device, out: str = "") -> 
 
     from kernels import TRITON_VERSION
 
-    name = hardware_name(device)
-    header = {"device": name, "torch": torch.__version__, "triton": TRITON_VERSION,
+    header = {"device": hardware_name(device), "torch": torch.__version__, "triton": TRITON_VERSION,
               "revision": git_revision(), "command": shlex.join(["python", *sys.orig_argv[1:]]),
               "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    path = Path(out or Path(__file__).parent / "results" / f"{mode}-{slug}.json")
-    report = to_json(header | body)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, report)
-    except OSError as error:
-        raise SystemExit(f"error: the report cannot be written: {error}") from None
+    path = report_path(mode, device, out)
+    write_atomically(path, to_json(header | body))
     return path

@@ -28,7 +28,7 @@ import prepare_c4
 from corpus import sources
 from corpus.shards import Corpus
 from corpus.tokenizer import Tokenizer
-from machine import read_command_line, write_report
+from machine import read_command_line, report_path, write_report
 from records import BadInput
 
 PIECES = 16  # files the sample is cut into, so that several workers have something to do
@@ -159,6 +159,7 @@ def run(cfg: Config) -> None:
     """Measure, print the table, write the JSON."""
     import torch
 
+    report_path("data", torch.device("cpu"), cfg.out)
     with tempfile.TemporaryDirectory() as folder:
         try:
             body = bench(cfg, Path(folder))

@@ -42,7 +42,7 @@ import pretrain
 import recipes
 import runlog
 from bench.step import open_data
-from machine import peak_tflops, read_command_line, write_report
+from machine import peak_tflops, read_command_line, report_path, write_report
 
 ROOT = Path(__file__).resolve().parents[1]
 CHIPS = {  # compute capability, multiprocessors, bandwidth in TB/s: data sheets
@@ -316,6 +316,7 @@ def show(result: dict, n: int = 30) -> None:
 def main(args: list[str] | None = None) -> None:
     """Command line; `args` replaces sys.argv[1:] in tests."""
     cfg = read_command_line(Config, args, positional=True)
+    report_path("dryrun", torch.device("cpu"), cfg.out)
     show(result := dry_run(cfg))
     name = f"{cfg.preset}-{result['layers']}-{'compiled' if cfg.compile else 'eager'}-{cfg.chip}"
     out = cfg.out or f"{ROOT}/results/dryrun-{name.lower().replace(' ', '-')}.json"

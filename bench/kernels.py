@@ -20,7 +20,7 @@ import torch._functorch.config
 import torch.nn.functional as F
 
 import kernels
-from machine import failure, read_command_line, write_report
+from machine import failure, read_command_line, report_path, write_report
 
 # Tokens per document at percentiles of C4's length distribution, without [CLS] and [SEP]: the first
 # 3,000 documents of its train split under a vocabulary of 30,528, mean 472. 2 % of the documents
@@ -239,6 +239,7 @@ def run(cfg: Config) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("error: python -m bench.kernels: no CUDA device here, and the kernels can "
                          "only be timed on one")
+    report_path("kernels", torch.device("cuda"), cfg.out)
     torch.manual_seed(0)
     # else a compiled peer refuses to run its backward more than once
     torch._functorch.config.donated_buffer = False

@@ -294,6 +294,7 @@ def run(cfg: Config) -> dict:
         source = open_data(cfg.data)
     except ValueError as e:
         raise SystemExit(f"error: {e}") from None
+    machine.report_path("step", device, cfg.out)
     dtype = machine.pick_dtype(cfg.dtype, device)
     if device.type == "cuda" and not cfg.micro_tokens:
         cfg = replace(cfg, micro_tokens=32_768)

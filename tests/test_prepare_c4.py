@@ -393,7 +393,7 @@ def test_text_unit_says_what_a_document_of_a_txt_is(tmp_path, capsys):
         assert sorted(decoded(tmp_path / unit)) == sorted(documents)
         hint = "one document is 75% of the corpus; each paragraph of a .txt was taken as one"
         assert (hint in capsys.readouterr().out) == (unit == "paragraph")
-    with pytest.raises(ValueError, match=r"1 different documents.*for a \.txt --text_unit file"):
+    with pytest.raises(ValueError, match=r"1 different documents.*needs --text_unit line"):
         prepare(settings(source, tmp_path / "file", text_unit="file"))
 
 
