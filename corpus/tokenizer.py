@@ -130,10 +130,14 @@ class Tokenizer:
             if path.suffix == ".txt":  # BERT's older format; its settings lie beside it
                 file = path.with_name("tokenizer_config.json")
                 given = read_json(file) if file.is_file() else {}
-                text = tokenizers.BertWordPieceTokenizer(
+                old = tokenizers.BertWordPieceTokenizer(
                     str(path), lowercase=given.get("do_lower_case", True),
                     strip_accents=given.get("strip_accents"),
-                    handle_chinese_chars=given.get("tokenize_chinese_chars", True)).to_str()
+                    handle_chinese_chars=given.get("tokenize_chinese_chars", True))
+                file = path.with_name("added_tokens.json")
+                added = read_json(file) if file.is_file() else {}
+                old.add_special_tokens(sorted(added, key=added.get))  # in the order of their ids
+                text = old.to_str()
             vocab = tokenizers.Tokenizer.from_str(text).get_vocab(with_added_tokens=True)
         except Exception as e:  # `tokenizers` raises bare Exception
             raise BadInput(f"{path} is no tokenizer.json or vocab.txt ({e})") from None

@@ -227,6 +227,9 @@ def test_a_folder_with_only_a_vocab_txt_is_read(wordpiece, texts, tmp_path):
             assert (ours.lowercase, ours.vocab_size) == (lowercase, 1500)
             for text in [*texts[:30], "Élan 北京 x"]:
                 assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+    (tmp_path / "added_tokens.json").write_text('{"[/E1]": 1501, "[E1]": 1500}')  # a user's markers
+    marked = Tokenizer.load(tmp_path)
+    assert marked.vocab_size == 1502 and marked.encode("[E1] x [/E1]")[::2] == [1500, 1501]
     (tmp_path / "vocab.txt").write_text("one\ntwo\n")
     with pytest.raises(ValueError, match=r"vocab\.txt is no tokenizer\.json or vocab\.txt"):
         Tokenizer.load(tmp_path)
