@@ -27,7 +27,7 @@ from tqdm import tqdm
 from corpus.tokenizer import Tokenizer
 from machine import pick_device, pick_dtype, read_command_line
 from model import MaskedLM, find_checkpoints, find_folder
-from records import read_json, write_atomically
+from records import make_folder, read_json, write_atomically
 
 
 @dataclass
@@ -127,6 +127,7 @@ def evaluate(run: str, checkpoint: Path, benchmark: str, pairs: list, cfg: Confi
     is_step = checkpoint.parent.name == "ckpt"
     home = checkpoint.parents[1] if is_step else Path(run)
     home = home if home.is_dir() else Path("runs", run.replace("/", "--"))  # a name on the hub
+    make_folder(home)  # not writable: said before the work
     progress = read_json(path) if (path := checkpoint / "progress.json").is_file() else {}
     sentences = [sentence for *_, good, bad in pairs for sentence in (good, bad)]
     device, began = pick_device(cfg.device), time.perf_counter()
@@ -141,7 +142,6 @@ def evaluate(run: str, checkpoint: Path, benchmark: str, pairs: list, cfg: Confi
     print(f"\n{home.name} {checkpoint.name}: {speed}")
     print(*(f"{k:26}{v:6.1%}" for k, v in sorted(result["phenomena"].items())), sep="\n")
     print(f"{'mean':26}{result['score']:6.1%} ± {result['stderr']:.1%}")
-    home.mkdir(parents=True, exist_ok=True)
     lines = path.open() if (path := home / f"{benchmark}.jsonl").is_file() else []
     new = [r for r in map(json.loads, lines) if not this.items() <= r.items()] + [record]
     write_atomically(path, "".join(json.dumps(r) + "\n" for r in new).encode())

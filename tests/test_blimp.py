@@ -14,6 +14,7 @@ from corpus.tokenizer import Tokenizer
 from export import huggingface as export
 from machine import pick_dtype
 from model import EncoderConfig, MaskedLM, SequenceClassifier
+from studies import blimp
 from studies.blimp import accuracies, main, pseudo_log_likelihoods, read_pairs
 
 SHAPE = dict(n_layers=2, n_heads=4, d_model=64, d_ff=128)
@@ -118,3 +119,17 @@ def test_a_run_gets_a_record_a_checkpoint_and_bad_input_one_line(tokenizer, tmp_
         (tmp_path / "tuned", blimp, 0, "tuned has no head that predicts tokens")]:
         with pytest.raises(SystemExit, match=f"^error: [^\n]*{message}[^\n]*$"):
             main([str(path), "--blimp_dir", folder, "--pairs", str(n)])
+
+
+def test_a_run_that_cannot_be_written_to_is_refused_before_the_work(
+        tokenizer, tmp_path, monkeypatch):
+    def full(folder):
+        raise OSError(f"{folder} cannot be written")
+
+    monkeypatch.setattr(blimp, "make_folder", full)
+    monkeypatch.setattr(blimp, "pseudo_log_likelihoods", lambda *_: pytest.fail("it was scored"))
+    MaskedLM(EncoderConfig(tokenizer.vocab_size, **SHAPE)).save_pretrained(tmp_path)
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs/a.jsonl").write_text(LINE)
+    with pytest.raises(SystemExit, match=r"^error: .* cannot be written$"):
+        main([str(tmp_path), "--blimp_dir", str(tmp_path / "pairs")])
