@@ -196,9 +196,11 @@ def _locate(cu_seqlens, n_tiles, H: tl.constexpr, ROWS: tl.constexpr):
 @triton.jit
 def _load_slopes(slopes, head):
     """A head's slopes for keys to the left and to the right, in log2 units."""
-    if slopes is None:
-        return 0.0, 0.0
-    return tl.load(slopes + 2 * head) * LOG2_E, tl.load(slopes + 2 * head + 1) * LOG2_E
+    left, right = 0.0, 0.0
+    if slopes is not None:
+        left = tl.load(slopes + 2 * head) * LOG2_E
+        right = tl.load(slopes + 2 * head + 1) * LOG2_E
+    return left, right
 
 
 @triton.jit

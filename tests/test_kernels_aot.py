@@ -104,6 +104,11 @@ def test_attention(chip, D, changes, tmp_path):
     check(chip, attention_rows(chip, D, "bf16", **changes), "bf16", tmp_path, wgmma=chip == 90)
 
 
+@pytest.mark.parametrize("changes", [{}, dict(rope=None)], ids=["RoPE", "no positions"])
+def test_attention_without_alibi(changes, tmp_path):
+    check(90, attention_rows(90, 64, "bf16", slopes=None, **changes), "bf16", tmp_path, wgmma=True)
+
+
 @pytest.mark.parametrize("chip", [80, 90])
 def test_cross_entropy(chip, tmp_path):
     check(chip, cross_entropy_and_slack_rows(), "bf16", tmp_path)
