@@ -283,6 +283,9 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     log.close()
     ahead.pool.shutdown(cancel_futures=True)
     if world > 1:
+        # freeing the DDP wrapper holds the GIL and joins gloo's threads, which may still need it to
+        # let go of the last reduction's tensors: a deadlock (torch 2.13). They get it in here
+        dist.barrier(host)
         dist.destroy_process_group()
     return start.run
 
