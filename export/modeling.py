@@ -254,7 +254,8 @@ class NanoMosaicBertModel(NanoMosaicBertPreTrainedModel):
         """input_ids, or inputs_embeds (B, S, d) in their place; the rest as transformers' BertModel
         takes it. ValueError for what only decoders have."""
         if wanted := [k for k, v in unused.items() if v is not None and v is not False]:
-            raise ValueError(f"{type(self).__name__} does not take {', '.join(wanted)}")
+            raise ValueError(f"{type(self).__name__} does not take {', '.join(wanted)}: an encoder "
+                             "has no cache, cross-attention or head mask; leave them out, or None")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if attention_mask is not None and attention_mask.dim() != 2:
