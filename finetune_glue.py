@@ -32,7 +32,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -51,7 +50,7 @@ from glue.tasks import FROM_MNLI, OWN, PAIR, SANE, SEEDS, TASKS, Recipe, Task, e
 from kernels import attention_backend
 from machine import device_name, git_revision, pick_device, pick_dtype, read_command_line
 from model import SequenceClassifier, TokenClassifier
-from records import read_jsonl, to_json, write_atomically
+from records import make_folder, read_jsonl, to_json, write_atomically
 
 SAVE_EVERY = 60  # seconds of training that a kill may cost, and the rest of an epoch
 
@@ -224,8 +223,7 @@ class Job:
         there, mine = self.predictions(), identity(self.record)
         if len(there) < len(self.outputs) or (self.keep and made_by(self.keep) != mine):
             return None
-        records = read_jsonl(self.path)[0] if self.path.is_file() else []
-        return next((r for r in reversed(records) if identity(r) == mine
+        return next((r for r in reversed(read_jsonl(self.path)[0]) if identity(r) == mine
                      and there.items() <= r.get("predictions", {}).items()), None)
 
 
@@ -402,11 +400,7 @@ def finetune(cfg: Config) -> None:
         print(f"{len(jobs)} jobs, {world} x {about['device']}, {str(dtype)[6:]}; attention of "
               f"MosaicBERT shapes: {backend} ({why})", flush=True)
     for out in {job.start.out for job in jobs if not job.finished()}:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            TemporaryFile(dir=out).close()
-        except OSError as e:
-            raise ValueError(f"{out} cannot be written to ({e.strerror}); give --out") from None
+        make_folder(out)
     # one counter hands out the jobs, so that no worker waits for another's long task
     store = next(dist.rendezvous("env://"))[0] if world > 1 else dist.HashStore()
     while (i := store.add("next job", 1) - 1) < len(jobs):

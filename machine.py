@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from records import make_folder, to_json, write_atomically
+from records import BadInput, make_folder, to_json, write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -119,10 +119,9 @@ def report_path(mode: str, device: torch.device, out: str = "") -> Path:
     slug = re.sub(r"[^a-z0-9]+", "-", hardware_name(device).lower()).strip("-")
     path = Path(out or Path(__file__).parent / "results" / f"{mode}-{slug}.json")
     try:
-        make_folder(path.parent)
-    except OSError as error:
-        raise SystemExit(f"error: the report cannot be written: {error}; give another --out"
-                         ) from None
+        make_folder(path.parent, "give another --out")
+    except BadInput as error:
+        raise SystemExit(f"error: the report cannot be written: {error}") from None
     return path
 
 

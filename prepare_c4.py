@@ -118,7 +118,7 @@ def choose_cuts(items: list[tuple], cfg: Config, own_validation: bool) -> tuple[
                 break
     if len(keys) < 2:
         raise BadInput(f"the corpus {cfg.source} has {len(keys)} different documents, at least 2 "
-                       f"are needed; see --max_docs; a .txt of one text a line needs "
+                       "are needed; see --max_docs; a .txt of one text a line needs "
                        "--text_unit line")
     few = sorted(keys)[min(8, len(keys) // 4)]  # a small corpus also gets up to eight of them
     val = 0 if own_validation else max(int(cfg.val_fraction * 2**63), few, min(keys) + 1)

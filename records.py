@@ -32,12 +32,15 @@ class BadInput(ValueError):
     """Something the user can mend, in one line: what, where, what to do."""
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder and see that it can be written to: OSError now, not after hours of work."""
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".{os.getpid()}.tmp"
-    probe.touch()
-    probe.unlink()
+def make_folder(folder: Path, advice: str = "give --out") -> None:
+    """Make a folder and see that it can be written to: BadInput now, not after hours of work."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise BadInput(f"{folder} cannot be written to ({e.strerror}); {advice}") from None
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -41,7 +41,7 @@ from model import (
     find_folder,
 )
 from recipes import run_config
-from records import read_json, read_jsonl
+from records import make_folder, read_json, read_jsonl
 
 HEADS = {  # our class -> the end of transformers' name for it, and the pipeline that runs it
     MaskedLM: ("ForMaskedLM", "fill-mask"),
@@ -264,7 +264,7 @@ def run_facts(checkpoint: Path) -> dict:
         return {}
     run_config(run)  # refuses a run of another version
     facts = read_json(run / "config.json") | read_json(checkpoint / "progress.json")
-    lines, _ = read_jsonl(run / "log.jsonl") if (run / "log.jsonl").is_file() else ([], 0)
+    lines, _ = read_jsonl(run / "log.jsonl")
     facts["command"] = next((x["command"] for x in lines if x["type"] == "header"), "")
     evals = [x for x in lines if x["type"] == "eval" and x["step"] <= facts["step"]]
     return facts | {"eval": evals[-1] if evals else None}
@@ -348,6 +348,7 @@ def export(cfg: Config) -> Path:
     out = Path(cfg.out)
     if out.exists():
         raise ValueError(f"--out {out} exists; remove it or give another")
+    make_folder(out.parent)
     checkpoint = find_folder(cfg.run)
     config = read_json(checkpoint / "config.json", "give another checkpoint")
     # an export that transformers has fine-tuned keeps the old "head"; ours have no architectures

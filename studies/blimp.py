@@ -127,8 +127,10 @@ def evaluate(run: str, checkpoint: Path, benchmark: str, pairs: list, cfg: Confi
     is_step = checkpoint.parent.name == "ckpt"
     home = checkpoint.parents[1] if is_step else Path(run)
     home = home if home.is_dir() else Path("runs", run.replace("/", "--"))  # a name on the hub
-    make_folder(home)  # not writable: said before the work
-    progress = read_json(path) if (path := checkpoint / "progress.json").is_file() else {}
+    make_folder(home, "give a copy of the run that can be written to")
+    path = home / f"{benchmark}.jsonl"
+    earlier = [json.loads(line) for line in path.open()] if path.is_file() else []
+    progress = read_json(file) if (file := checkpoint / "progress.json").is_file() else {}
     sentences = [sentence for *_, good, bad in pairs for sentence in (good, bad)]
     device, began = pick_device(cfg.device), time.perf_counter()
     args = model.to(device), Tokenizer.load(checkpoint), sentences, pick_dtype(cfg.dtype, device)
@@ -142,8 +144,7 @@ def evaluate(run: str, checkpoint: Path, benchmark: str, pairs: list, cfg: Confi
     print(f"\n{home.name} {checkpoint.name}: {speed}")
     print(*(f"{k:26}{v:6.1%}" for k, v in sorted(result["phenomena"].items())), sep="\n")
     print(f"{'mean':26}{result['score']:6.1%} ± {result['stderr']:.1%}")
-    lines = path.open() if (path := home / f"{benchmark}.jsonl").is_file() else []
-    new = [r for r in map(json.loads, lines) if not this.items() <= r.items()] + [record]
+    new = [r for r in earlier if not this.items() <= r.items()] + [record]
     write_atomically(path, "".join(json.dumps(r) + "\n" for r in new).encode())
     print(f"wrote {path}")
 

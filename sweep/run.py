@@ -38,7 +38,7 @@ import tyro
 
 import recipes
 from machine import hardware_name, pick_device, read_command_line
-from records import make_folder, read_jsonl, to_json, write_atomically
+from records import BadInput, make_folder, read_jsonl, to_json, write_atomically
 from sweep.leaderboard import leaderboard, short
 
 ROOT = Path(__file__).parents[1]
@@ -403,6 +403,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a KeyboardInterrupt
     try:
         raise SystemExit(sweep(cfg))
+    except BadInput as e:
+        raise SystemExit(f"error: {e}") from None
     except ValueError as e:  # of shlex
         raise SystemExit(f"error: --flags or --finetune: {e}") from None
     except KeyboardInterrupt:

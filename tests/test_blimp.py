@@ -123,7 +123,7 @@ def test_a_run_gets_a_record_a_checkpoint_and_bad_input_one_line(tokenizer, tmp_
 
 def test_a_run_that_cannot_be_written_to_is_refused_before_the_work(
         tokenizer, tmp_path, monkeypatch):
-    def full(folder):
+    def full(folder, advice):
         raise OSError(f"{folder} cannot be written")
 
     monkeypatch.setattr(blimp, "make_folder", full)
