@@ -29,7 +29,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from itertools import islice, pairwise
+from itertools import count, islice, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -39,12 +39,7 @@ from corpus.docstrings import n_dev_examples, write_word_order_task
 from corpus.shards import FORMAT, Corpus, ShardWriter
 from corpus.sources import SUFFIXES, find_items, item_documents
 from corpus.tokenizer import Tokenizer, valid_unicode
-from records import BadInput, read_json, to_json, write_atomically
-
-try:
-    import fcntl
-except ImportError:  # Windows: no lock on the folder
-    fcntl = None
+from records import BadInput, listed, lock, read_json, to_json, write_atomically
 
 
 @dataclasses.dataclass
@@ -97,7 +92,7 @@ def sample(items: list[tuple], cfg: Config) -> Iterator[str]:
             yield text
             size = len(text.encode())
             share, room, left = share - size, room - size, left - 1
-            count_progress(1, size)
+            count_progress(size)
 
 
 def document_key(text: str) -> int:
@@ -129,7 +124,7 @@ def choose_cuts(items: list[tuple], cfg: Config, own_validation: bool) -> tuple[
 
 # ------------------------------------------------------------------------------ text into shards
 PARTS = ".parts"  # inside the folder: what an unfinished preparation has done
-PROGRESS = None  # shared: documents, bytes, time of begin() and of the last report, 1 = one failed
+PROGRESS = None  # shared by all processes: bytes read, time of begin() and of the last report
 TOKENIZER: Tokenizer | None = None
 VALIDATION_KEYS: set[int] = set()  # of documents in a validation split of the source's own
 
@@ -150,24 +145,20 @@ def start_worker(*shared) -> None:
 
 
 def begin(what: str) -> None:
-    """Say what begins, and set the counters of all processes to zero."""
+    """Say what begins, and count from zero."""
     global PROGRESS
-    PROGRESS = multiprocessing.get_context("spawn").Array("d", [0, 0, time.time(), time.time(), 0])
+    PROGRESS = multiprocessing.get_context("spawn").Array("d", [0, time.time(), time.time()])
     print(what, flush=True)
 
 
-def count_progress(n_docs: int, n_bytes: int) -> None:
+def count_progress(n_bytes: int) -> None:
     """Add to what all processes have read; one of them reports it every five seconds."""
     with PROGRESS.get_lock():
-        PROGRESS[0] += n_docs
-        PROGRESS[1] += n_bytes
-        n, size, started, reported, failed = PROGRESS[:]
-        if failed:
-            raise BadInput("another worker failed")
-        if (now := time.time()) - reported > 5:
-            PROGRESS[3] = now
-            rate = size / 1e6 / (now - started)
-            print(f"  {n:,.0f} documents, {size / 1e6:,.0f} MB, {rate:.1f} MB/s", flush=True)
+        PROGRESS[0] += n_bytes
+        megabytes, (started, reported), now = PROGRESS[0] / 1e6, PROGRESS[1:], time.time()
+        if now - reported > 5:
+            PROGRESS[2] = now
+            print(f"  {megabytes:,.0f} MB, {megabytes / (now - started):.1f} MB/s", flush=True)
 
 
 def encode_item(name: str, item: tuple, cfg: Config, cuts: tuple[int, int], threads: int) -> bool:
@@ -182,19 +173,20 @@ def encode_item(name: str, item: tuple, cfg: Config, cuts: tuple[int, int], thre
     if cfg.max_docs:  # counts over the items of a kind, which encode_all() takes in turn then
         limit = max(100, int(cfg.val_fraction * cfg.max_docs)) if kind == "v" else cfg.max_docs
         limit -= sum(read_json(p)["read"] for p in parts.glob(f"{kind}*.json"))
+    if finished and finished[-1]["last"]:
+        return limit <= 0
     skipped: Counter = Counter()
     stream = documents(item, cfg, skipped)
-    if not (finished and finished[-1]["last"]):
-        for _ in islice(stream, sum(r["read"] for r in finished)):
-            pass
-    while not (finished and finished[-1]["last"]):
+    for _ in islice(stream, sum(r["read"] for r in finished)):
+        pass
+    for part in count(len(finished)):
         skipped.clear()
-        stem = parts / f"{name}_{len(finished):06d}"
+        stem = parts / f"{name}_{part:06d}"
         record = encode_part(stem, stream, skipped, cfg, cuts, limit, threads)
         write_atomically(Path(f"{stem}.json"), to_json(record | {"skipped": skipped}))
-        finished.append(record)
         limit -= record["read"]
-    return limit <= 0
+        if record["last"]:
+            return limit <= 0
 
 
 def encode_part(stem: Path, stream: Iterator[str], skipped: Counter, cfg: Config,
@@ -224,7 +216,7 @@ def encode_part(stem: Path, stream: Iterator[str], skipped: Counter, cfg: Config
                 record["keys"] += [key] if own_validation else []
                 record["tokens"] += len(ids)
         record |= {"read": record["read"] + len(batch), "last": not batch}
-        count_progress(len(batch), size)
+        count_progress(size)
     return record | {"shards": {split: writer.close() for split, writer in writers.items()}}
 
 
@@ -247,8 +239,8 @@ def encode_all(cfg: Config, own: list[tuple], items: list[tuple], cuts: tuple[in
                 for future in as_completed(futures):
                     future.result()
             except BaseException:
-                PROGRESS[4] = 1
-                pool.shutdown(cancel_futures=True)
+                for worker in multiprocessing.active_children():  # what they finished is kept
+                    worker.kill()
                 raise
 
 
@@ -263,7 +255,7 @@ def assemble(cfg: Config, settings: dict, left_out: tuple[str, ...]) -> dict:
         if (counts := record["shards"]["train"])["documents"]:
             names = {ending: f"train_{len(shards):05d}.{ending}" for ending in ("bin", "idx")}
             for ending, name in names.items():
-                if os.path.exists(f"{stem}.train.{ending}"):
+                with contextlib.suppress(FileNotFoundError):  # renamed before a kill
                     os.replace(f"{stem}.train.{ending}", out / name)
             shards.append({"split": "train"} | names | counts)
         ids = np.fromfile(f"{stem}.val.bin", "<u2")
@@ -277,8 +269,7 @@ def assemble(cfg: Config, settings: dict, left_out: tuple[str, ...]) -> dict:
     tokenizer = Tokenizer.load(out)
     skipped = sum((Counter(r["skipped"]) for r in records.values()), Counter())
     if left_out:
-        names = ", ".join(map(os.path.basename, left_out[:5])) + ", ..." * (len(left_out) > 5)
-        skipped[f"files of other kinds: {names}"] = len(left_out)
+        skipped[f"files of other kinds: {listed(left_out)}"] = len(left_out)
     files = {name: hashlib.sha256((out / name).read_bytes()).hexdigest()
              for name in (tokenizer.file_name(tokenizer.meta["kind"]), "tokenizer.meta.json")}
     meta = {"format": FORMAT, "source": cfg.source, "settings": settings,
@@ -296,18 +287,17 @@ def assemble(cfg: Config, settings: dict, left_out: tuple[str, ...]) -> dict:
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder against a second process. If it is empty at the end it is removed again."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as f:
-        try:
-            if fcntl:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BadInput(f"another prepare_c4.py is working on {folder}; wait for it") from None
-        try:
-            yield
-        finally:
-            (folder / ".lock").unlink()
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+    try:
+        file = lock(folder / ".lock")
+    except BlockingIOError:
+        raise BadInput(f"another prepare_c4.py is working on {folder}; wait for it") from None
+    try:
+        yield
+    finally:
+        file.close()
+        (folder / ".lock").unlink()
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def check_folder(out: Path, settings: dict) -> dict | None:
@@ -333,7 +323,7 @@ def prepare(cfg: Config) -> dict:
     name = SUFFIXES.sub("", path.parent.name if glob.has_magic(path.name) else path.name)
     cfg = dataclasses.replace(cfg, out=cfg.out or f"data/{name or 'corpus'}")
     if not 0 < cfg.val_fraction < 1 or cfg.shard_tokens <= 0:
-        raise BadInput("--val_fraction must lie between 0 and 1, --shard_tokens must be positive")
+        raise BadInput("--val_fraction must lie between 0 and 1, --shard_tokens above 0")
     items, own, identity, left_out = find_items(cfg.source)
     given = Tokenizer.load(cfg.tokenizer) if cfg.tokenizer else None
     # what the written bytes depend on; where the corpus and the tokenizer lie is no part of it

@@ -66,16 +66,14 @@ class Corpus:
             raise BadInput(f"{self.folder} holds no meta.json: {self._state()}")
         self.meta = read_json(self.folder / "meta.json")
         try:
-            if self.meta["format"] != FORMAT:
-                version = self.meta["format"]
+            if (version := self.meta["format"]) != FORMAT:
                 raise BadInput(f"{folder}/meta.json is of format {version}, not {FORMAT}")
+            for name, digest in self.meta["tokenizer_files"].items():
+                self._check(name, digest)
             shards = [s for s in self.meta["shards"] if s["split"] == split]
-            checks = [(name, None, digest) for name, digest in self.meta["tokenizer_files"].items()]
             for s in shards:
-                checks += [(s["bin"], 2 * s["tokens"], s["bin_sha256"] if verify else None),
-                           (s["idx"], 8 * s["documents"] + 8, s["idx_sha256"] if verify else None)]
-            for check in checks:
-                self._check(*check)
+                self._check(s["bin"], s["bin_sha256"] if verify else None, 2 * s["tokens"])
+                self._check(s["idx"], s["idx_sha256"] if verify else None, 8 * s["documents"] + 8)
         except (KeyError, TypeError, AttributeError) as e:
             raise BadInput(f"{folder}/meta.json is damaged ({e!r}); prepare it again") from None
         if not shards:
@@ -105,16 +103,18 @@ class Corpus:
             return f"not prepared yet; `python prepare_c4.py {self.folder}` writes a folder that is"
         return f"it is missing; make it with `python prepare_c4.py SOURCE --out {self.folder}`"
 
-    def _check(self, name: str, size: int | None, digest: str | None) -> None:
-        path, advice = self.folder / name, "prepare the folder again"
+    def _check(self, name: str, digest: str | None, size: int | None = None) -> None:
+        path, why = self.folder / name, None
         if not path.is_file():
-            raise BadInput(f"{path} is listed in meta.json but missing; {advice}")
-        if size is not None and (found := path.stat().st_size) != size:
-            raise BadInput(f"{path} has {found} bytes, meta.json says {size}; {advice}")
-        if digest is not None:
+            why = "is listed in meta.json but missing"
+        elif size is not None and (found := path.stat().st_size) != size:
+            why = f"has {found} bytes, meta.json says {size}"
+        elif digest:
             with open(path, "rb") as f:
                 if hashlib.file_digest(f, "sha256").hexdigest() != digest:
-                    raise BadInput(f"{path} does not have the sha256 in meta.json; {advice}")
+                    why = "does not have the sha256 in meta.json"
+        if why:
+            raise BadInput(f"{path} {why}; prepare the folder again")
 
     def __len__(self) -> int:
         return self.first[-1]

@@ -17,7 +17,7 @@ import lzma
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 from corpus.docstrings import collect_docstrings
@@ -39,40 +39,39 @@ def open_file(path: str) -> BinaryIO:
     return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, open)(path, "rb")
 
 
+def decode(data: bytes, where: str) -> "str | BadInput":
+    try:  # files that begin with a byte order mark and were joined have it in the middle
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        return BadInput(f"{where} is not UTF-8 (byte {e.start + 1})")
+
+
 def lines_of(path: str) -> Iterator[tuple[str, "str | BadInput"]]:
     """("path:line number", the line) of a text file; a BadInput where it is not UTF-8."""
     with open_file(path) as f:
         for n, line in enumerate(f, 1):
-            line = line.removesuffix(b"\n").removesuffix(b"\r")
-            try:  # files that begin with a mark and were joined have it in the middle
-                yield f"{path}:{n}", line.decode("utf-8-sig")
-            except UnicodeDecodeError as e:
-                where = f"{path}:{n}"
-                yield where, BadInput(f"{where} is not UTF-8 (byte {e.start + 1} of the line)")
+            where = f"{path}:{n}"
+            yield where, decode(line.removesuffix(b"\n").removesuffix(b"\r"), where)
 
 
 def text_in(row: object, key: str, where: str) -> "str | BadInput":
     text = row.get(key) if isinstance(row, dict) else None
     if isinstance(text, bytes):  # a binary column
-        try:
-            return text.decode()
-        except UnicodeDecodeError as e:
-            return BadInput(f"{where} is not UTF-8 (byte {e.start + 1} of the text)")
+        return decode(text, where)
     if isinstance(text, str):
         return text
     return BadInput(f"{where} has no text under the key {key!r} (see --text_key)")
 
 
-def parquet_documents(path: str, key: str) -> Iterator["str | BadInput"]:
-    import pyarrow.parquet
-
-    parquet = pyarrow.parquet.ParquetFile(path)
-    if key not in (names := parquet.schema_arrow.names):
-        columns = ", ".join(names)
-        yield BadInput(f"{path} has no column {key!r}, only {columns} (see --text_key)")
-        return
-    rows = (row for batch in parquet.iter_batches(1024, columns=[key]) for row in batch.to_pylist())
-    yield from (text_in(row, key, f"{path} row {n}") for n, row in enumerate(rows, 1))
+def table_documents(tables: Iterable, key: str, where: str) -> Iterator["str | BadInput"]:
+    """Documents of arrow tables or batches. Row by row it takes twice the time."""
+    first = 1
+    for table in tables:
+        there = key in table.schema.names
+        column = table.column(key).to_pylist() if there else [None] * len(table)
+        for n, text in enumerate(column, first):
+            yield text_in({key: text}, key, f"{where} row {n}")
+        first += len(table)
 
 
 def text_documents(path: str, unit: str) -> Iterator["str | BadInput"]:
@@ -121,17 +120,17 @@ def file_documents(path: str, key: str, unit: str) -> Iterator["str | BadInput"]
     kind = SUFFIXES.search(path)[1]
     try:
         if kind is None:
-            yield from parquet_documents(path, key)
+            import pyarrow.parquet
+
+            parquet = pyarrow.parquet.ParquetFile(path)
+            columns = [key] if key in parquet.schema_arrow.names else None
+            yield from table_documents(parquet.iter_batches(1024, columns=columns), key, path)
         elif kind.lower() == "txt":
             yield from text_documents(path, unit)
         else:
             yield from json_documents(path, key)
     except Exception as e:  # gzip, zlib and pyarrow each raise their own for damaged data
         yield BadInput(f"{path} is damaged or cut short ({e})")
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @functools.cache
@@ -146,25 +145,21 @@ def hub_splits(path: str, name: str | None) -> dict:
             huggingface_hub.HfApi().dataset_info(path, timeout=10)
         return datasets.load_dataset(path, name, streaming=True)
     except Exception as e:  # of several libraries
-        why = first_line(e)
+        why = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise BadInput(f"cannot stream {path} from the Hugging Face hub ({why}); "
                        "use a local corpus") from None
 
 
 def hub_documents(path: str, name: str | None, split: str, index: int, key: str
                   ) -> Iterator["str | BadInput"]:
-    """Documents of one file of a hub dataset. Arrow batches: row by row it takes twice the time."""
+    """Documents of one file of a hub dataset."""
     dataset = hub_splits(path, name)[split]
     where = f"{path} {split} file {index}"
-    first = 1
+    tables = dataset.shard(dataset.num_shards, index).with_format("arrow").iter(1000)
     try:
-        for table in dataset.shard(dataset.num_shards, index).with_format("arrow").iter(1000):
-            column = table[key].to_pylist() if key in table.column_names else [None] * len(table)
-            for n, text in enumerate(column, first):
-                yield text_in({key: text}, key, f"{where} row {n}")
-            first += len(table)
+        yield from table_documents(tables, key, where)
     except Exception as e:  # after minutes of retries by the libraries below
-        raise BadInput(f"{where} broke off ({first_line(e)}); the same command continues") from None
+        raise BadInput(f"{where} broke off ({e!r:.200}); the same command continues") from None
 
 
 class Source(NamedTuple):
@@ -174,7 +169,7 @@ class Source(NamedTuple):
     validation: list[tuple]  # a split of the source's own
     # changes when the content does, as far as can be told without reading all of it
     identity: str
-    left_out: tuple[str, ...] = ()  # files of no kind that can be read
+    left_out: Sequence[str] = ()  # names of files of no kind that can be read
 
 
 def find_items(source: str) -> Source:
@@ -208,7 +203,7 @@ def find_items(source: str) -> Source:
         if size >= ITEM_BYTES or path == usable[-1]:
             items.append(("files", group))
             group, size = [], 0
-    left_out = tuple(each_once({*found} - {*readable}))
+    left_out = [os.path.basename(path) for path in each_once({*found} - {*readable})]
     return Source(items, [], " ".join(map(file_identity, usable)), left_out)
 
 
