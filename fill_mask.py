@@ -1,15 +1,13 @@
 """Ask a pretrained encoder for missing words.
 
     python fill_mask.py runs/mosaic-base "paris is the [MASK] of france."
-    python fill_mask.py runs/mosaic-base "the [MASK] sat on the [MASK]." "she [MASK] home."
     python fill_mask.py runs/mosaic-base             # asks for sentences until an empty one
     python fill_mask.py runs/mosaic-base "she [MASK] home." --top_k 10 --json
-    python fill_mask.py bert-base-uncased "paris is the [MASK] of france."
+    python fill_mask.py bert-base-uncased "the [MASK] sat on the [MASK]." "she [MASK] home."
     python fill_mask.py mosaicml/mosaic-bert-base --tokenizer path/to/bert "a [MASK]."
 
 A run folder means its latest checkpoint. A checkpoint, an exported folder, and official MosaicBERT
-or Hugging Face BERT weights (a folder, or a name on the hub) work too; --tokenizer is for weights
-that have none beside them. Seconds on a laptop.
+or Hugging Face BERT weights (a folder, or a name on the hub) work too. Seconds on a laptop.
 """
 
 import json
@@ -38,8 +36,8 @@ class Config:
 def fill_mask(model: MaskedLM, tokenizer: Tokenizer, text: str, top_k: int = 3) -> list[list]:
     """For each [MASK] of `text`, in order: the top_k (token text, probability), likeliest first.
 
-    All masks are predicted at once, each as if the others stayed masked. The model is put in eval
-    mode. ValueError when there is no [MASK], or the text is too long for learned positions.
+    All are predicted at once, each as if the others stayed masked; the model is put in eval mode.
+    ValueError when there is no [MASK], or the text is too long for learned positions.
     """
     ids = [tokenizer.cls_id, *tokenizer.encode_with_masks(text), tokenizer.sep_id]
     ids = torch.tensor(ids)  # (T,)
@@ -82,16 +80,15 @@ def main(args: list[str] | None = None) -> None:
         tokenizer = Tokenizer.load(cfg.tokenizer or folder)
         if (n := tokenizer.vocab_size) > (rows := model.cfg.padded_vocab_size):
             raise ValueError(f"the tokenizer has {n} entries, the model {rows}: not its tokenizer")
-        for text in cfg.sentences:
-            print_answers(model, tokenizer, text, cfg)
-    except ValueError as e:
-        raise SystemExit(f"error: {e}") from None
-    try:
-        while not cfg.sentences and (text := input("\nsentence with [MASK]: ").strip()):
+        for text in cfg.sentences or iter(lambda: input("\nsentence with [MASK]: ").strip(), ""):
             try:
                 print_answers(model, tokenizer, text, cfg)
-            except ValueError as e:
+            except ValueError as e:  # a slip of the pen does not end the questions
+                if cfg.sentences:
+                    raise
                 print(e)
+    except ValueError as e:
+        raise SystemExit(f"error: {e}") from None
     except (EOFError, KeyboardInterrupt):
         pass
 

@@ -7,20 +7,17 @@
     python finetune_glue.py runs/a --task train.conllu --eval dev.conllu --column upos --save
     torchrun --nproc_per_node 8 finetune_glue.py runs/mosaic-base        # 8 workers, one queue
 
-A start is a run folder (its latest checkpoint), a checkpoint folder, a folder with official
-MosaicBERT or Hugging Face BERT weights and their tokenizer.json, or with --hf any encoder that
-transformers knows. Each finished job (start, task, seed) is a line of <run>/glue/<task>.jsonl; the
-same command again does what is missing, a long job from its last epoch, and prints the table. RTE,
-MRPC and STS-B begin from the start's own MNLI model if there is one.
-
-A task of one's own is a .tsv with a header, .jsonl or .parquet, with one text or two and a label;
-or words with a label each (names, parts of speech): rows {"words": [...], "labels": [...]}, CoNLL
-(word and label a line, an empty line after a sentence) or CoNLL-U.
+A start is a run folder (its latest checkpoint), a checkpoint, a folder with official MosaicBERT or
+Hugging Face BERT weights and their tokenizer.json, or with --hf any encoder that transformers
+knows. Each finished job (start, task, seed) is a line of <run>/glue/<task>.jsonl; the same command
+again does what is missing and prints the table. RTE, MRPC and STS-B begin from the start's own MNLI
+model if there is one. glue/files.py says what a file of your own may look like.
 
 Expect: published 8-task means on the dev sets are 84.3 for MosaicBERT-Base after 70,000 steps on
 C4, 83.5 for BERT-Base (Portes et al. 2023): the last evaluation, mean of metrics, seeds, tasks.
 """
 
+import itertools
 import json
 import math
 import os
@@ -29,7 +26,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -50,7 +47,7 @@ from glue.tasks import FROM_MNLI, OWN, PAIR, SANE, SEEDS, TASKS, Recipe, Task, e
 from kernels import attention_backend
 from machine import device_name, git_revision, pick_device, pick_dtype, read_command_line
 from model import SequenceClassifier, TokenClassifier
-from records import make_folder, read_jsonl, to_json, write_atomically
+from records import make_folder, read_json, read_jsonl, to_json, write_atomically
 
 SAVE_EVERY = 60  # seconds of training that a kill may cost, and the rest of an epoch
 
@@ -98,9 +95,9 @@ def fine_tune(model: nn.Module, examples: Encoded, y: np.ndarray, recipe: Recipe
 
     y: for each example or word an int64 class (cross entropy) or a float32 value (MSE).
     AdamW(0.9, 0.98), 6 % linear warm-up then linear to 0, decay on every parameter, all as
-    upstream; unlike upstream the examples are shuffled anew in every epoch, from `seed`, and not
-    sorted by length: without padding that saves nothing. state: file that holds a long job's last
-    epoch, from which it goes on as if never stopped. ValueError when the loss is not finite.
+    upstream; unlike upstream, examples are shuffled anew in every epoch, from `seed`. state: file
+    with a long job's last epoch, from which it goes on as if never stopped. ValueError when the
+    loss is not finite.
     """
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), eps=1e-6,
@@ -136,16 +133,16 @@ def fine_tune(model: nn.Module, examples: Encoded, y: np.ndarray, recipe: Recipe
         history.append({"epoch": epoch, "loss": round(mean, 5), **evaluate()})
         if state and epoch < recipe.epochs and time.perf_counter() - last_save > SAVE_EVERY:
             save_state(state, model, optimizer, history, time.perf_counter() - began)
-            last_save, score = time.perf_counter(), f"score {100 * history[-1]['score']:.1f}"
-            print(f"{title}: epoch {epoch}, loss {mean:.3f}, {score}", flush=True)
+            last_save, score = time.perf_counter(), 100 * history[-1]["score"]
+            print(f"{title}: epoch {epoch}, loss {mean:.3f}, score {score:.1f}", flush=True)
     return history, round(time.perf_counter() - began, 3)
 
 
 def save_state(path: Path, model: nn.Module, optimizer, history: list, seconds: float) -> None:
     """All that the next epoch depends on, written whole or not at all."""
-    on_cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history,
-             "seconds": seconds, "random": [torch.get_rng_state(), *on_cuda]}
+             "seconds": seconds,
+             "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
     torch.save(state, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
@@ -155,8 +152,8 @@ def load_state(path: Path, model: nn.Module, optimizer) -> tuple[list, float]:
     state = torch.load(path, map_location="cpu", weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    for restore, value in zip((torch.set_rng_state, torch.cuda.set_rng_state), state["random"]):
-        restore(value)
+    torch.set_rng_state(state["random"][0])
+    torch.cuda.set_rng_state_all(state["random"][1:])
     return state["history"], state["seconds"]
 
 
@@ -208,7 +205,7 @@ class Job:
     recipe: Recipe
     record: dict[str, Any]  # what is known before it runs
     outputs: dict[Path, Split]  # rows to predict, and where to
-    keep: Path | None = None  # where its model is kept, MNLI's for RTE, MRPC and STS-B
+    keep: Path | None  # where its model is kept, MNLI's for RTE, MRPC and STS-B
 
     @property
     def path(self) -> Path:
@@ -233,8 +230,8 @@ def made_by(weights: Path) -> str:
 
 
 def make_jobs(cfg: Config, starts: list[Start], data: dict[str, Data], about: dict) -> list[Job]:
-    """Every start x task x seed in the order to run them: MNLI, then the long ones, then what
-    starts from MNLI."""
+    """Every start x task x seed, the longest first. What can start from an MNLI model does, if it
+    is there by now."""
     jobs, to_predict = [], {}  # file -> rows; "*" stands for task, checkpoint and seed
     names = ("lr", "weight_decay", "epochs", "batch_size")
     given = {k: v for k in names if (v := getattr(cfg, k)) is not None}
@@ -243,55 +240,38 @@ def make_jobs(cfg: Config, starts: list[Start], data: dict[str, Data], about: di
         if cfg.predict:
             rows = read_split(Path(cfg.predict), d.task, labelled=False)
             to_predict[f"*_{Path(cfg.predict).stem}"] = rows
-    for start in starts:
-        place, cost = Path(start.checkpoint).name, start.progress
+    for start, (name, d) in itertools.product(starts, data.items()):
+        recipe = replace(SANE if cfg.recipe == "sane" else d.task.recipe, **given)
+        seeds = list(map(int, cfg.seeds.split(","))) if cfg.seeds else SEEDS[: recipe.n_seeds]
+        settings = {k: getattr(recipe, k) for k in names} | {"start": "checkpoint"}
+        settings |= {k: getattr(cfg, k) for k in ("max_len", "dropout", "dtype")}
+        place, begin = Path(start.checkpoint).name, start
         mnli = start.out / "mnli" / place
-        after = made_by(mnli)  # an earlier call may have made one, of these very weights
-        if cfg.no_mnli_start or json.loads(after or "{}").get("weights") != start.weights:
-            after = ""
-        facts = {"type": "glue", "run": start.run, "checkpoint": start.checkpoint,
-                 "weights": start.weights, "step": cost.get("step", 0),
-                 "tokens": cost.get("tokens"), "pretrain_seconds": cost.get("train_seconds"),
-                 "pretrain_gpu_seconds": cost.get("gpu_seconds"),
-                 "pretrain_dollars": cost.get("dollars"), "family": cost.get("family", "other"),
-                 "preset": cost.get("preset", start.run), **about}
-        for name, d in sorted(data.items(), key=lambda item: item[0] != "MNLI"):
-            recipe = replace(SANE if cfg.recipe == "sane" else d.task.recipe, **given)
-            seeds = list(map(int, cfg.seeds.split(","))) if cfg.seeds else SEEDS[: recipe.n_seeds]
-            begin = start
-            if name in FROM_MNLI and after:
-                begin = replace(start, folder=mnli, after=after, fresh=False)
-            settings = {k: v for k, v in asdict(recipe).items() if k != "n_seeds"}
-            settings |= {k: getattr(cfg, k) for k in ("max_len", "dropout", "dtype")}
-            digest = f"{zlib.crc32(begin.after.encode()):08x}"
-            settings["start"] = f"MNLI {digest}" if begin.after else "checkpoint"
-            for seed in dict.fromkeys(seeds):
-                record = {**facts, "task": name, "seed": seed, "recipe": settings, **d.facts}
-                stem, kind = f"{name}_{place}_seed{seed}", ".conll" if d.task.words else ".tsv"
-                outputs = {start.out / "predictions" / (file.replace("*", stem) + kind): rows
-                           for file, rows in to_predict.items()}
-                job = Job(begin, d, recipe, record, outputs)
-                job.keep = start.out / "models" / stem if cfg.save else None
-                if name == "MNLI" and seed == seeds[0] and not cfg.no_mnli_start:
-                    job.keep, after = mnli, identity(record)
-                jobs.append(job)
-    return sorted(jobs, key=lambda job: (
-        job.start.after != "", not job.keep or job.keep.parent.name != "mnli",
-        -job.record["n_train"] * job.recipe.epochs))
+        if name in FROM_MNLI and not cfg.no_mnli_start and (by := made_by(mnli)) and (
+                json.loads(by)["weights"] == start.weights):  # not an older run's of this name
+            begin = replace(start, folder=mnli, fresh=False)
+            settings["start"] = f"MNLI {zlib.crc32(by.encode()):08x}"
+        for seed in dict.fromkeys(seeds):
+            record = {"type": "glue", "run": start.run, "checkpoint": start.checkpoint,
+                      "weights": start.weights, **start.facts, **about, "task": name,
+                      "seed": seed, "recipe": settings, **d.facts}
+            stem, kind = f"{name}_{place}_seed{seed}", ".conll" if d.task.words else ".tsv"
+            outputs = {start.out / "predictions" / (file.replace("*", stem) + kind): rows
+                       for file, rows in to_predict.items()}
+            keep = start.out / "models" / stem if cfg.save else None
+            if name == "MNLI" and seed == seeds[0] and not cfg.no_mnli_start:
+                keep = mnli
+            jobs.append(Job(begin, d, recipe, record, outputs, keep))
+    return sorted(jobs, key=lambda job: -job.record["n_train"] * job.recipe.epochs)
 
 
-def run_job(job: Job, cfg: Config, device: torch.device, dtype: torch.dtype, alone: bool) -> None:
-    """Load, tokenise, fine-tune, predict, write the record. alone: there is no other worker.
-    ValueError when another command has replaced the MNLI model that this job starts from."""
+def run_job(job: Job, cfg: Config, device: torch.device, dtype: torch.dtype, bar: bool) -> None:
+    """Load, tokenise, fine-tune, predict, write the record. bar: show progress."""
     task, y, start, seed = job.data.task, job.data.y, job.start, job.record["seed"]
-    while start.after and made_by(start.folder) != start.after:  # another worker is at MNLI
-        if alone:
-            raise ValueError(f"{start.folder} was replaced by another command; repeat this one")
-        time.sleep(1)
     model = build_model(start, task, cfg.dropout, seed).to(device)
     if cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda"):
-        # Once for all jobs of a process, whose first has it in its seconds. Two graphs for each
-        # shape of encoder and number of classes: after the default of 8 it would run eagerly.
+        # Once for all jobs of a process. Two graphs for each shape of encoder and number of
+        # classes: after the default of 8 it would run eagerly.
         torch._dynamo.config.recompile_limit = 64
         model.compile(dynamic=True)
     max_len, commonest = cfg.max_len, 0 if task.regression else np.bincount(y["train"]).argmax()
@@ -324,15 +304,15 @@ def run_job(job: Job, cfg: Config, device: torch.device, dtype: torch.dtype, alo
     title, mine = f"{task.name} · {start.name} · seed {seed}", identity(job.record)
     state = job.path.with_name(f".{task.name}-{zlib.crc32(mine.encode()):08x}.pt")
     history, seconds = fine_tune(model, encoded(job.data.train), y["train"], job.recipe, seed,
-                                 dtype, evaluate_devs, title, alone and sys.stderr.isatty(), state)
+                                 dtype, evaluate_devs, title, bar, state)
     for path, rows in job.outputs.items():
         write_predictions(path, task, rows, answers(rows))
     if job.keep and made_by(job.keep) != mine:  # else others may be reading it
         (job.keep / "job.json").unlink(missing_ok=True)
         model.save_pretrained(job.keep)
         start.tokenizer.save(job.keep)
-        config = json.loads((job.keep / "config.json").read_text()) | {
-            "id2label": dict(enumerate(task.labels))}
+        labels = {"id2label": dict(enumerate(task.labels))}
+        config = read_json(job.keep / "config.json") | labels
         write_atomically(job.keep / "config.json", to_json(config))
         write_atomically(job.keep / "job.json", mine.encode())
     metrics = {k: v for k, v in history[-1].items() if k not in ("epoch", "loss", "score")}
@@ -341,14 +321,13 @@ def run_job(job: Job, cfg: Config, device: torch.device, dtype: torch.dtype, alo
         "finetune_seconds": seconds, "predictions": job.predictions(),
         "time": datetime.now(UTC).isoformat(timespec="seconds")})
     state.unlink(missing_ok=True)
-    source = "its MNLI model" if start.after else (
-        "random weights" if start.checkpoint == "random" else "the checkpoint")
+    source = "its MNLI model" if job.record["recipe"]["start"] != "checkpoint" else (
+        "random weights" if start.fresh else "the checkpoint")
     print(f"{title}, from {source}: {percent(metrics)} ({seconds:.0f} s)", flush=True)
 
 
 def write_predictions(path: Path, task: Task, rows: Split, answers: np.ndarray) -> None:
-    """index <tab> prediction, a label's name or a number to six digits; of words CoNLL's form, a
-    word <tab> its label and an empty line after each sentence."""
+    """index <tab> prediction, a label's name or a number to six digits; of words CoNLL's form."""
     names = [f"{value:.6g}" if task.regression else task.labels[value] for value in answers]
     lines = ["index\tprediction", *(f"{i}\t{name}" for i, name in enumerate(names))]
     if rows.words:
@@ -393,8 +372,8 @@ def finetune(cfg: Config) -> None:
     data = {task.name: load_data(task, sources) for task, sources in tasks.items()}
     command = shlex.join(["finetune_glue.py", *sys.argv[1:]])
     about = {"device": device_name(device), "revision": git_revision(), "command": command}
-    jobs, skipped = make_jobs(cfg, starts, data, about), 0
     backend, why = attention_backend(device.type)
+    jobs, skipped = make_jobs(cfg, starts, data, about), 0
     if rank == 0:
         print("\n".join(note for d in data.values() for note in d.notes))
         print(f"{len(jobs)} jobs, {world} x {about['device']}, {str(dtype)[6:]}; attention of "
@@ -403,18 +382,22 @@ def finetune(cfg: Config) -> None:
         make_folder(out)
     # one counter hands out the jobs, so that no worker waits for another's long task
     store = next(dist.rendezvous("env://"))[0] if world > 1 else dist.HashStore()
-    while (i := store.add("next job", 1) - 1) < len(jobs):
-        if record := jobs[i].finished():
-            skipped += 1
-            if record.get("command") != command:  # a sweep takes the scores of the command it gave
-                append_record(jobs[i].path, record | {"command": command})
-        else:
-            run_job(jobs[i], cfg, device, dtype, alone=world == 1)
+    for last in (False, True):  # what can start from an MNLI model waits for all others
+        if last:
+            jobs = make_jobs(cfg, starts, data, about)  # with the MNLI models that are there now
+        some = [job for job in jobs if (job.data.task.name in FROM_MNLI) == last]
+        while (i := store.add(f"next job {last}", 1) - 1) < len(some):
+            if record := some[i].finished():
+                skipped += 1
+                if record.get("command") != command:  # a sweep takes the scores of its command
+                    append_record(some[i].path, record | {"command": command})
+            else:
+                run_job(some[i], cfg, device, dtype, bar=world == 1 and sys.stderr.isatty())
+        store.add(f"workers done {last}", 1)
+        while (rank == 0 or not last) and store.add(f"workers done {last}", 0) < world:
+            time.sleep(0.1)
     if skipped:
         print(f"{skipped} jobs had been finished before and were skipped", flush=True)
-    store.add("workers at the end", 1)
-    while rank == 0 and store.add("workers at the end", 0) < world:
-        time.sleep(0.1)
     if rank == 0:
         print(f"\n{table([record for job in jobs if (record := job.finished())])}\n")
         written = [path for job in jobs for path in (job.path, *job.outputs, job.keep) if path]

@@ -10,11 +10,10 @@
 
 The folder holds weights, a fast tokenizer, a model card with the facts of the run, and modeling.py
 and tokenization.py for trust_remote_code; with --bert transformers' own BERT runs. Our scripts read
-the folder as they read a checkpoint. Seconds; a minute for --onnx (pip install onnx onnxscript).
+it as a checkpoint. Seconds; a minute for --onnx (pip install onnx onnxscript).
 """
 
 import base64
-import itertools
 import json
 import logging
 import shutil
@@ -43,14 +42,12 @@ from model import (
 from recipes import run_config
 from records import make_folder, read_json, read_jsonl
 
-HEADS = {  # our class -> the end of transformers' name for it, and the pipeline that runs it
-    MaskedLM: ("ForMaskedLM", "fill-mask"),
-    SequenceClassifier: ("ForSequenceClassification", "text-classification"),
-    TokenClassifier: ("ForTokenClassification", "token-classification"),
-    Encoder: ("Model", "feature-extraction"),
+HEADS = {  # our class -> the ends of transformers' name for it and of Auto's, its pipeline
+    MaskedLM: ("ForMaskedLM", "ForMaskedLM", "fill-mask"),
+    SequenceClassifier: (*["ForSequenceClassification"] * 2, "text-classification"),
+    TokenClassifier: (*["ForTokenClassification"] * 2, "token-classification"),
+    Encoder: ("Model", "", "feature-extraction"),
 }
-
-TOKENIZER = "tokenization_nanomosaicbert", "NanoMosaicBertTokenizer"
 
 
 @dataclass
@@ -64,21 +61,12 @@ class Config:
     tokenizer: str = ""  # folder or tokenizer.json; default: the checkpoint's own
 
 
-def auto_class(model: Pretrained) -> str:
-    """The class of transformers that loads an export of `model`."""
-    return f"AutoModel{HEADS[type(model)][0].removeprefix('Model')}"
-
-
-# ----------------------------------------------------------------------------- tokenizer
-
-
 def fast_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     """The same vocabulary as a `tokenizers` tokenizer: equal ids for every text without the name of
     a special token in it.
 
-    A tokenizer.json is passed through. Ours is rebuilt from its ranks: byte-level BPE with every
-    way to join two tokens into a third as a merge, in the order of the third's rank, which is what
-    tiktoken does with ranks alone.
+    A tokenizer.json is passed through. Ours is rebuilt from its ranks: every way to join two tokens
+    into a third is a merge, in the order of the third's rank, which is what tiktoken does.
     """
     if tokenizer.hf:
         fast = tokenizers.Tokenizer.from_str(tokenizer.vocabulary.decode())
@@ -130,8 +118,10 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> str:
               if t.special and i not in ids.values()]
     code = {}
     if isinstance(fast.decoder, decoders.ByteLevel):  # so that lists of words get their spaces
-        shutil.copy(Path(__file__).with_name("tokenization.py"), folder / f"{TOKENIZER[0]}.py")
-        code = {"auto_map": {"AutoTokenizer": [None, ".".join(TOKENIZER)]}}
+        own = Path(__file__).with_name("tokenization.py")
+        shutil.copy(own, folder / "tokenization_nanomosaicbert.py")
+        name = "tokenization_nanomosaicbert.NanoMosaicBertTokenizer"
+        code = {"auto_map": {"AutoTokenizer": [None, name]}}
     write_json(folder / "tokenizer_config.json", code | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
@@ -145,11 +135,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> str:
     return specials["mask_token"]
 
 
-# ----------------------------------------------------------------------------- weights
-
-
 def write_json(path: Path, value: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -167,14 +153,13 @@ def write_model(model: Pretrained, tokenizer: Tokenizer, labels: dict, folder: P
     """config.json, model.safetensors (both readable by model.py as well) and the code."""
     model.save_pretrained(folder)
     if isinstance(model, SequenceClassifier):  # pooler and classifier are one module there
-        names = {"pooler.": "classifier.pooler.", "classifier.": "classifier.out."}
         weights = load_file(folder / "model.safetensors")
-        for ours, end in itertools.product(names, ("weight", "bias")):
-            weights[names[ours] + end] = weights.pop(ours + end)
+        for end in ("weight", "bias"):
+            weights[f"classifier.pooler.{end}"] = weights.pop(f"pooler.{end}")
+            weights[f"classifier.out.{end}"] = weights.pop(f"classifier.{end}")
         save_file(weights, folder / "model.safetensors")
-    heads = [end for end, _ in HEADS.values()] + ["ForMultipleChoice", "ForQuestionAnswering"]
-    auto = {f"AutoModel{end.removeprefix('Model')}": end for end in heads}
-    auto["AutoConfig"] = "Config"
+    auto = {f"AutoModel{auto}": end for end, auto, _ in HEADS.values()}
+    auto |= {"AutoModelForQuestionAnswering": "ForQuestionAnswering", "AutoConfig": "Config"}
     shutil.copy(Path(__file__).with_name("modeling.py"), folder / "modeling_nanomosaicbert.py")
     write_json(folder / "config.json", read_json(folder / "config.json") | {
         "architectures": ["NanoMosaicBert" + HEADS[type(model)][0]],
@@ -219,20 +204,6 @@ def write_bert(model: Pretrained, tokenizer: Tokenizer, labels: dict, folder: Pa
     })
 
 
-def write_sentence_transformer(model: Pretrained, folder: Path, max_length: int) -> None:
-    """What SentenceTransformer(folder) reads: hidden states -> their mean -> unit length."""
-    steps = ("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")
-    write_json(folder / "modules.json", [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (path, kind) in enumerate(steps)
-    ])
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length})
-    write_json(folder / "1_Pooling/config.json", {
-        "word_embedding_dimension": model.cfg.d_model, "pooling_mode_mean_tokens": True,
-    })
-    (folder / "2_Normalize").mkdir()
-
-
 def write_onnx(auto: str, folder: Path, remote_code: bool) -> None:
     """onnx/model.onnx of the exported model: int64 input_ids, attention_mask, token_type_ids
     (batch, length) -> logits. Weights beyond ONNX's 2 GB are put beside it."""
@@ -252,9 +223,6 @@ def write_onnx(auto: str, folder: Path, remote_code: bool) -> None:
             dynamic_shapes=dict.fromkeys(names, sizes),
             external_data=model.num_parameters() * 4 > 1.5e9,
         )
-
-
-# ----------------------------------------------------------------------------- model card
 
 
 def run_facts(checkpoint: Path) -> dict:
@@ -309,38 +277,32 @@ def model_card(model: Pretrained, tokenizer: Tokenizer, source: str, facts: dict
     case = "lowercased" if tokenizer.lowercase else "cased"
     rows = {"vocabulary": f"{tokenizer.vocab_size:,} entries, {case}"}
     if facts:
-        train, result, held_out = facts["train"], facts["eval"], "not measured"
-        if result:
-            held_out = (f"{result['loss']} (accuracy {result['accuracy']:.1%}, 15 % masked, "
-                        f"step {result['step']:,})")
+        train, hours = facts["train"], facts["train_seconds"] / 3600
         data = ", ".join(f"`{folder}`" for folder in train["data"] or ["data/c4"])
-        hours = facts["train_seconds"] / 3600
         rows |= {
-            "data": f"{data} (corpus {', '.join(train['corpus'])}), "
-                    f"{train['documents']} windows of {train['seq_len']} tokens",
-            "trained on": f"{facts['tokens']:,} tokens, {facts['step']:,} steps of "
-                          f"{train['batch_tokens']:,}",
+            "data": f"{data} (corpus {', '.join(train['corpus'])}), {train['documents']} windows "
+                    f"of {train['seq_len']} tokens",
+            "trained on": "{tokens:,} tokens, {step:,} steps of ".format_map(facts)
+                          + f"{train['batch_tokens']:,}",
             "started from": train["cooldown_from"] or train["start_from"] or "random weights",
             "masking": f"{train['masking']}, {train['corruption']}",
-            "held-out loss": held_out,
+            "held-out loss": "not measured" if not facts["eval"] else "{loss} (accuracy "
+                "{accuracy:.1%}, 15 % masked, step {step:,})".format_map(facts["eval"]),
             "hardware": f"{facts['world_size']} × {facts['device']}, {hours:.2f} hours of training",
             "cost": f"${facts['dollars']} at ${train['gpu_dollars_per_hour']} per GPU hour "
                     "(CPU time is logged at $0)",
-            "command": f"`python {facts['command']}`, nanoMosaicBERT {facts['revision']}",
+            "command": "`python {command}`, nanoMosaicBERT {revision}".format_map(facts),
         }
     else:
         rows["exported from"] = f"`{source}`, by nanoMosaicBERT"
     return CARD.format(
-        **fields, auto=auto_class(model), pipeline=HEADS[type(model)][1],
+        **fields, auto=f"AutoModel{HEADS[type(model)][1]}", pipeline=HEADS[type(model)][2],
         position=model.cfg.position, name=Path(facts.get("run", source)).name,
         table="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         family="BERT's shape (Devlin et al. 2019)" if fields["bert"]
         else "MosaicBERT's family (Portes et al. 2023)",
         trust="" if fields["bert"] else ", trust_remote_code=True",
     )
-
-
-# ----------------------------------------------------------------------------- command line
 
 
 def export(cfg: Config) -> Path:
@@ -354,31 +316,29 @@ def export(cfg: Config) -> Path:
     # an export that transformers has fine-tuned keeps the old "head"; ours have no architectures
     kind = (config.get("architectures") or [config.get("head", "BertForMaskedLM")])[0]
     kind = kind.replace("ForPreTraining", "ForMaskedLM")  # its next-sentence head is left out
-    for head, (end, _) in HEADS.items():
-        if kind in (head.__name__, f"Bert{end}", f"NanoMosaicBert{end}"):
-            break
-    else:
+    heads = {name: head for head, (end, *_) in HEADS.items()
+             for name in (head.__name__, f"Bert{end}", f"NanoMosaicBert{end}")}
+    if kind not in heads:
         known = ", ".join(c.__name__ for c in HEADS)
         raise ValueError(f"{checkpoint}: {kind} cannot be exported, only {known}")
+    head = heads[kind]
     model = head.from_pretrained(checkpoint)
     tokenizer = Tokenizer.load(cfg.tokenizer or checkpoint)
     if tokenizer.vocab_size > model.cfg.padded_vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size:,} entries, the model "
                          f"{model.cfg.padded_vocab_size:,}: {checkpoint} was trained with another")
-    facts = run_facts(checkpoint)
+    facts, labels = run_facts(checkpoint), label_config(model, config)
     max_length = facts.get("train", {}).get("seq_len", model.cfg.max_positions)
     unfinished = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        labels = label_config(model, config)
         (write_bert if cfg.bert else write_model)(model, tokenizer, labels, unfinished)
         mask = write_tokenizer(tokenizer, unfinished, max_length)
-        write_sentence_transformer(model, unfinished, max_length)
         fields = dict(bert=cfg.bert, mask=mask, max_length=max_length)
         card = model_card(model, tokenizer, cfg.run, facts, **fields)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         if cfg.onnx:
-            write_onnx(auto_class(model), unfinished, remote_code=not cfg.bert)
+            write_onnx(f"AutoModel{HEADS[head][1]}", unfinished, remote_code=not cfg.bert)
         unfinished.rename(out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -2,9 +2,8 @@
 
 export.huggingface puts this file beside the weights, and trust_remote_code runs it: it needs torch
 and transformers (tried: 5.24, 4.57), nothing else of the project and no Triton. The parameters are
-those of model.py under the same names, but for the classifier's. A batch stays padded, as in
-transformers' own encoders, and the attention's bias hides the padding: that traces to ONNX and
-TorchScript and compiles.
+those of model.py by the same names, but for the classifier's. A batch stays padded and the
+attention's bias hides the padding: that traces to ONNX and TorchScript and compiles.
 """
 
 import math
@@ -18,7 +17,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutput,
     MaskedLMOutput,
-    MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
@@ -59,12 +57,14 @@ class NanoMosaicBertConfig(PretrainedConfig):
         super().__init__(**kwargs)
         self.pad_token_id, self.tie_word_embeddings = pad_token_id, tie_word_embeddings
 
+    @property
+    def n_rows(self) -> int:
+        """Of the embedding: vocab_size, rounded up."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
     def to_dict(self) -> dict:
         """With transformers' names too: peft's prompt tuning looks for num_attention_heads here."""
         return super().to_dict() | {name: getattr(self, name) for name in self.attribute_map}
-
-
-# ----------------------------------------------------------------------------- layers
 
 
 def alibi_slopes(n_heads: int, ratio: float) -> Tensor:
@@ -151,12 +151,10 @@ class Layer(GradientCheckpointingLayer):
 class Embeddings(nn.Module):
     def __init__(self, config: NanoMosaicBertConfig):
         super().__init__()
-        rows = -(-config.vocab_size // config.vocab_multiple) * config.vocab_multiple
-        self.word = nn.Embedding(rows, config.d_model)
+        self.word = nn.Embedding(config.n_rows, config.d_model)
         self.token_type = nn.Embedding(config.n_token_types, config.d_model)
-        self.position = None
-        if config.position == "learned":
-            self.position = nn.Embedding(config.max_positions, config.d_model)
+        learned = config.position == "learned"
+        self.position = nn.Embedding(config.max_positions, config.d_model) if learned else None
         self.norm = nn.LayerNorm(config.d_model, config.norm_eps)
         self.dropout = nn.Dropout(config.embedding_dropout)
 
@@ -172,33 +170,26 @@ class MlmHead(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.d_model, config.d_model)
         self.norm = nn.LayerNorm(config.d_model, config.norm_eps)
-        rows = -(-config.vocab_size // config.vocab_multiple) * config.vocab_multiple
-        self.decoder = nn.Linear(config.d_model, rows)
+        self.decoder = nn.Linear(config.d_model, config.n_rows)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.decoder(self.norm(F.gelu(self.dense(x))))
 
 
 class ClassificationHead(nn.Module):
-    """First token -> linear, tanh -> dropout -> linear. One module named "classifier": peft saves a
-    new head by that name, so a new pooler beside it would be lost."""
+    """First token -> linear, tanh -> dropout -> linear. One module, as peft saves by its name."""
 
-    def __init__(self, config: NanoMosaicBertConfig, n_out: int):
+    def __init__(self, config: NanoMosaicBertConfig):
         super().__init__()
         self.pooler = nn.Linear(config.d_model, config.d_model)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.out = nn.Linear(config.d_model, n_out)
+        self.out = nn.Linear(config.d_model, config.num_labels)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
         """x (B, S, d), mask (B, S) -> (B, n_out); with padding on the left, [CLS] is not at 0."""
-        if attention_mask is None:
-            cls = x[:, 0]
-        else:
-            cls = x[torch.arange(x.shape[0], device=x.device), attention_mask.int().argmax(1)]
+        cls = x[:, 0] if attention_mask is None else (
+            x[torch.arange(x.shape[0], device=x.device), attention_mask.int().argmax(1)])
         return self.out(self.dropout(torch.tanh(self.pooler(cls)))).float()
-
-
-# ----------------------------------------------------------------------------- models
 
 
 class NanoMosaicBertPreTrainedModel(PreTrainedModel):
@@ -279,30 +270,44 @@ class NanoMosaicBertModel(NanoMosaicBertPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         weights_too = output_attentions or config._attn_implementation == "eager"
-        states, attentions = [], []
+        states, attentions = (), ()
         for layer in self.layers:
-            states.append(x)
+            states += (x,)
             x, weights = layer(x, bias, angle, weights_too)
-            attentions.append(weights)
+            attentions += (weights,)
         x = x if self.final_norm is None else self.final_norm(x)
         x = x if real is None else x * real[..., None]
-        return BaseModelOutput(
-            x, (*states, x) if output_hidden_states else None,
-            tuple(attentions) if output_attentions else None,
-        )
+        return BaseModelOutput(x, (*states, x) if output_hidden_states else None,
+                               attentions if output_attentions else None)
 
 
-class NanoMosaicBertForMaskedLM(NanoMosaicBertPreTrainedModel):
-    """logits (B, S, vocab_size), without the rows that pad the embedding; loss: mean over labels
-    other than -100."""
-
-    _tied_weights_keys = {"head.decoder.weight": "encoder.embeddings.word.weight"}  # noqa: RUF012
+class Headed(NanoMosaicBertPreTrainedModel):
+    """The encoder and a head; loss_function is what transformers has for a class of this name."""
 
     def __init__(self, config: NanoMosaicBertConfig):
         super().__init__(config)
         self.encoder = NanoMosaicBertModel(config)
-        self.head = MlmHead(config)
+        self.add_head(config)
         self.post_init()
+
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, **kw):
+        out = self.encoder(input_ids, attention_mask, token_type_ids, return_dict=True, **kw)
+        logits, loss = self.logits(out.last_hidden_state, attention_mask), None
+        if labels is not None:
+            what = dict(config=self.config, vocab_size=self.config.vocab_size)
+            loss = self.loss_function(logits=logits, pooled_logits=logits, labels=labels, **what)
+        return self.output(loss, logits, out.hidden_states, out.attentions)
+
+
+class NanoMosaicBertForMaskedLM(Headed):
+    """logits (B, S, vocab_size), without the rows that pad the embedding."""
+
+    output = MaskedLMOutput
+    _tied_weights_keys = {"head.decoder.weight": "encoder.embeddings.word.weight"}  # noqa: RUF012
+
+    def add_head(self, config: NanoMosaicBertConfig) -> None:
+        self.head = MlmHead(config)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head.decoder
@@ -310,89 +315,46 @@ class NanoMosaicBertForMaskedLM(NanoMosaicBertPreTrainedModel):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.head.decoder = value
 
-    @can_return_tuple
-    def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, **kw):
-        out = self.encoder(input_ids, attention_mask, token_type_ids, return_dict=True, **kw)
-        logits, loss = self.head(out.last_hidden_state)[..., : self.config.vocab_size], None
-        if labels is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
-        return MaskedLMOutput(loss, logits, out.hidden_states, out.attentions)
+    def logits(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return self.head(x)[..., : self.config.vocab_size]
 
 
-class NanoMosaicBertForSequenceClassification(NanoMosaicBertPreTrainedModel):
+class NanoMosaicBertForSequenceClassification(Headed):
     """logits (B, num_labels); the loss is as config.problem_type or the labels' dtype says."""
 
-    def __init__(self, config: NanoMosaicBertConfig):
-        super().__init__(config)
-        self.encoder = NanoMosaicBertModel(config)
-        self.classifier = ClassificationHead(config, config.num_labels)
-        self.post_init()
+    output = SequenceClassifierOutput
 
-    @can_return_tuple
-    def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, **kw):
-        out = self.encoder(input_ids, attention_mask, token_type_ids, return_dict=True, **kw)
-        logits, loss = self.classifier(out.last_hidden_state, attention_mask), None
-        if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutput(loss, logits, out.hidden_states, out.attentions)
+    def add_head(self, config: NanoMosaicBertConfig) -> None:
+        self.classifier = ClassificationHead(config)
+
+    def logits(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return self.classifier(x, mask)
 
 
-class NanoMosaicBertForMultipleChoice(NanoMosaicBertPreTrainedModel):
-    """Ids (B, n_choices, S) -> logits (B, n_choices); labels (B,)."""
-
-    def __init__(self, config: NanoMosaicBertConfig):
-        super().__init__(config)
-        self.encoder = NanoMosaicBertModel(config)
-        self.classifier = ClassificationHead(config, 1)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, **kw):
-        kw |= dict(input_ids=input_ids, token_type_ids=token_type_ids)
-        kw["attention_mask"] = attention_mask
-        n = (input_ids if kw.get("inputs_embeds") is None else kw["inputs_embeds"]).shape[1]
-        kw = {k: x.flatten(0, 1) if isinstance(x, Tensor) else x for k, x in kw.items()}
-        out = self.encoder(return_dict=True, **kw)
-        logits = self.classifier(out.last_hidden_state, kw["attention_mask"]).view(-1, n)
-        loss = None if labels is None else F.cross_entropy(logits, labels)
-        return MultipleChoiceModelOutput(loss, logits, out.hidden_states, out.attentions)
-
-
-class NanoMosaicBertForTokenClassification(NanoMosaicBertPreTrainedModel):
+class NanoMosaicBertForTokenClassification(Headed):
     """Dropout -> linear on every token: logits (B, S, num_labels)."""
 
-    def __init__(self, config: NanoMosaicBertConfig):
-        super().__init__(config)
-        self.encoder = NanoMosaicBertModel(config)
+    output = TokenClassifierOutput
+
+    def add_head(self, config: NanoMosaicBertConfig) -> None:
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.classifier = nn.Linear(config.d_model, config.num_labels)
-        self.post_init()
 
-    @can_return_tuple
-    def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, **kw):
-        out = self.encoder(input_ids, attention_mask, token_type_ids, return_dict=True, **kw)
-        logits = self.classifier(self.dropout(out.last_hidden_state)).float()
-        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        return TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions)
+    def logits(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return self.classifier(self.dropout(x)).float()
 
 
-class NanoMosaicBertForQuestionAnswering(NanoMosaicBertPreTrainedModel):
+class NanoMosaicBertForQuestionAnswering(Headed):
     """Linear on every token: start_logits and end_logits (B, S) of the answer's span."""
 
-    def __init__(self, config: NanoMosaicBertConfig):
-        super().__init__(config)
-        self.encoder = NanoMosaicBertModel(config)
+    def add_head(self, config: NanoMosaicBertConfig) -> None:
         self.qa_outputs = nn.Linear(config.d_model, 2)
-        self.post_init()
 
     @can_return_tuple
-    def forward(
-        self, input_ids=None, attention_mask=None, token_type_ids=None, start_positions=None,
-        end_positions=None, **kw,
-    ):
+    def forward(self, input_ids=None, attention_mask=None, token_type_ids=None,
+                start_positions=None, end_positions=None, **kw):
         out = self.encoder(input_ids, attention_mask, token_type_ids, return_dict=True, **kw)
-        start, end = self.qa_outputs(out.last_hidden_state).float().unbind(-1)
-        loss = None
+        (start, end), loss = self.qa_outputs(out.last_hidden_state).float().unbind(-1), None
         if start_positions is not None and end_positions is not None:
             loss = self.loss_function(start, end, start_positions, end_positions)
         return QuestionAnsweringModelOutput(loss, start, end, out.hidden_states, out.attentions)

@@ -1,8 +1,9 @@
-"""Reads labelled files: GLUE's official .tsv, the hub's parquet, and files of one's own, in which
-texts have labels, or words (names, parts of speech).
+"""Reads labelled files: GLUE's official .tsv, the hub's parquet, and files of one's own.
 
-The official files have no quoting (a quote is a character), CoLA's have no header, QQP's has broken
-rows, and the names of columns differ from the hub's; TASKS of glue/tasks.py knows the names.
+One's own: a .tsv with a header, .jsonl or .parquet, with one text or two and a label; or words with
+a label each (names, parts of speech): rows {"words": [...], "labels": [...]}, CoNLL (word and label
+a line, an empty line after a sentence) or CoNLL-U. The official files have no quoting (a quote is a
+character), CoLA's have no header, QQP's has broken rows; glue/tasks.py knows their columns.
 """
 
 import json
@@ -80,8 +81,8 @@ def locate(glue_dir: str, task: Task) -> dict[str, Source]:
 
 
 def read_table(source: Source, task: Task, labelled: bool) -> tuple[str, list[str], Iterable]:
-    """What a file is, its column names, and (line number, values) of each row: of a .jsonl or
-    .parquet file, a hub split, CoNLL or CoNLL-U, else .tsv. ValueError for what is damaged."""
+    """What a file is, its column names, and (line number, {column: value}) of each row: of a .jsonl
+    or .parquet file, a hub split, CoNLL or CoNLL-U, else .tsv. ValueError for what is damaged."""
     if isinstance(source, str) or source.suffix.lower() == ".parquet":
         try:
             if isinstance(source, str):
@@ -96,7 +97,8 @@ def read_table(source: Source, task: Task, labelled: bool) -> tuple[str, list[st
         except Exception as e:  # the hub's client raises a dozen kinds
             where = " from the Hugging Face Hub (give --glue_dir)" * isinstance(source, str)
             raise ValueError(f"{source} cannot be read{where}: {type(e).__name__}") from None
-        return "parquet", list(columns), enumerate(zip(*columns.values()), 1)
+        rows = (dict(zip(columns, values)) for values in zip(*columns.values()))
+        return "parquet", list(columns), enumerate(rows, 1)
     try:  # utf-8-sig: MRPC's original files begin with a byte order mark
         text = source.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").rstrip("\n")
     except UnicodeDecodeError as e:
@@ -109,37 +111,39 @@ def read_table(source: Source, task: Task, labelled: bool) -> tuple[str, list[st
                 rows.append((n, {**json.loads(line)}))
             except (ValueError, TypeError):
                 raise ValueError(f"{source}:{n}: not a JSON object") from None
-        names = list(rows[0][1])
-        return "rows", names, ((n, [row.get(name) for name in names]) for n, row in rows)
+        return "rows", list(rows[0][1]), rows
     if not task.sizes and (found := read_conll(source, lines, task, labelled)):
         return found[0], ["words", task.label_columns[0]], found[1]
-    bare = task.name == "CoLA" and labelled
-    names = COLA_HEADER if bare else lines.pop(0)[1].split("\t")
-    return "tsv", names, ((n, line.split("\t")) for n, line in lines)
+    names = COLA_HEADER if task.name == "CoLA" and labelled else lines.pop(0)[1].split("\t")
+    rows = [(n, line.split("\t")) for n, line in lines]
+    if not task.sizes and (odd := [(n, len(row)) for n, row in rows if len(row) > len(names)]):
+        raise ValueError(f"{source}:{odd[0][0]}: {odd[0][1]} columns, the header has {len(names)}; "
+                         "a tab inside a text?")
+    return "tsv", names, ((n, dict(zip(names, row))) for n, row in rows)
 
 
 def read_conll(source: Path, lines: list[tuple[int, str]], task: Task, labelled: bool):
-    """Form, and (line number, (words, labels)) of each sentence, of CoNLL (a word and its label a
-    line, an empty line after each sentence) or CoNLL-U; None for other content."""
+    """Form, and (line number, words and labels) of each sentence, of CoNLL or CoNLL-U; None for
+    other content."""
     blocks = [[(n, line.split("\t") if "\t" in line else line.split()) for n, line in block]
               for full, block in groupby(lines, lambda line: bool(line[1].strip())) if full]
     first = next((row for block in blocks for _, row in block if row[0][:1] != "#"), [""])
+    column = task.label_columns[0]
     if len(first) == len(CONLLU) and first[0][:1].isdigit():
-        form, column, word, label = "CoNLL-U", task.label_columns[0], 1, 0
         if labelled and column not in CONLLU:
             raise ValueError(f"{source} is CoNLL-U: say which of its columns, e.g. --column upos")
-        label = CONLLU.index(column) if labelled else word
+        form, word, label, least = "CoNLL-U", 1, CONLLU.index(column) if labelled else 1, 10
         # no words are: comments, 1-2 (words written as one), 8.1 (a word that is not written)
         blocks = [[row for row in block if row[1][0].isdigit()] for block in blocks]
     elif task.words or (len(blocks) > 1 and len(first) > 1):
-        form, word, label = "CoNLL", 0, -1
+        form, word, label, least = "CoNLL", 0, -1, 1 + labelled
         blocks = [block for block in blocks if block[0][1][0] != "-DOCSTART-"]
     else:
         return None
-    least = len(CONLLU) if form == "CoNLL-U" else 1 + labelled
     if short := [n for block in blocks for n, row in block if len(row) < least]:
         raise ValueError(f"{source}:{short[0]}: this line lacks a word or its label")
-    return form, [(block[0][0], [[row[i] for _, row in block] for i in (word, label)])
+    return form, [(block[0][0], {"words": [row[word] for _, row in block],
+                                 column: [row[label] for _, row in block]})
                   for block in blocks if block]
 
 
@@ -154,10 +158,9 @@ def read_split(source: Source, task: Task, labelled: bool = True) -> Split:
         wanted = " or ".join(task.label_columns if texts else map("+".join, task.columns))
         found = ", ".join(map(str, names[:12]))
         raise ValueError(f"{source}: no column {wanted}; its columns are {found}")
-    at = [names.index(c) for c in (*texts, *label)]
     split = Split(str(source), [[] for _ in texts], [], [], form=form)
     for line, row in rows:
-        values, problem = [row[i] if i < len(row) else None for i in at], ""
+        values, problem = [row.get(column) for column in (*texts, *label)], ""
         lists = label and not split.lines and all(isinstance(value, list) for value in values)
         if task.words or split.words or lists:
             if not (problem := problem_of_words(*values)):
@@ -165,8 +168,6 @@ def read_split(source: Source, task: Task, labelled: bool = True) -> Split:
                 values[0] = " ".join(split.words[-1])
         elif odd := [v for v in values if v is not None and not is_text(v)]:
             problem = f"{odd[0]!r:.60} is neither a text nor a label"
-        elif len(row) > len(names) and not task.sizes:
-            problem = f"{len(row)} columns, the header has {len(names)}; a tab inside a text?"
         elif None in values or (label and not str(values[-1]).strip()):
             if task.sizes and labelled:
                 split.broken.append(line)
@@ -190,10 +191,8 @@ def problem_of_words(words: list, *labels: list) -> str:
             return f"{what}: {values!r:.60} is no list"
         if odd := [v for v in values if not is_text(v) or not str(v).strip()]:
             return f"{odd[0]!r} among the {what}"
-    if not words:
-        return "an empty sentence"
     n = [len(values) for values in (words, *labels)]
-    return f"{n[0]} words, {n[1]} labels" if n[0] != n[-1] else ""
+    return f"{n[0]} words, {n[1]} labels" if n[0] != n[-1] else "" if words else "an empty sentence"
 
 
 def is_text(value: object) -> bool:
@@ -208,26 +207,24 @@ def class_name(label: object) -> str:
 
 def find_labels(split: Split) -> tuple[str, ...]:
     """The labels of a training file, sorted (as numbers if all are)."""
-    names = {class_name(label) for _, label in split.flat_labels()}
+    names = sorted({class_name(label) for _, label in split.flat_labels()})
     if len(names) < 2:
-        raise ValueError(f"{split.where}: every row has the label {names.pop()!r}")
-    for name in sorted(names):
+        raise ValueError(f"{split.where}: every row has the label {names[0]!r}")
+    for name in names:
         if re.fullmatch(r"-?\d*\.\d+(e-?\d+)?", name):
             raise ValueError(f"{split.where}: label {name} is not a class; for numbers add "
                              "--regression")
         if re.search(r"[\t\r\n]", name):
             raise ValueError(f"{split.where}: label {name!r} has a tab or line end in it")
-    whole = all(re.fullmatch(r"-?\d+", name) for name in names)
-    return tuple(sorted(names, key=(lambda name: (int(name), name)) if whole else None))
+    return tuple(sorted(names, key=int) if all(re.fullmatch(r"-?\d+", n) for n in names) else names)
 
 
 def to_numbers(split: Split, task: Task) -> np.ndarray:
     """Raw labels of texts or words -> (n,) int64 classes, or float32 for regression. ValueError
     names the line."""
-    known = {name: i for i, name in enumerate(task.labels)}
+    known, y = {name: i for i, name in enumerate(task.labels)}, []
     if task.sizes:  # the hub has class numbers where the official files have names
         known |= {str(i): i for i in range(len(task.labels))}
-    y = []
     for line, label in split.flat_labels():
         try:
             y.append(float(label) if task.regression else known[class_name(label)])
@@ -248,19 +245,19 @@ def listed(labels: tuple[str, ...]) -> str:
 def load_data(task: Task, sources: dict[str, Source]) -> Data:
     """Read "train" and the dev splits of a task and check them. ValueError (one line) for what
     cannot be used; what can be used but should be known is in Data.notes."""
-    splits = {"train": read_split(sources["train"], task)}
-    task = replace(task, words=bool(splits["train"].words))
-    splits |= {name: read_split(sources[name], task) for name in sources if name != "train"}
+    train = read_split(sources["train"], task)
+    task = replace(task, words=bool(train.words))
+    devs = {name: read_split(sources[name], task) for name in sources if name != "train"}
+    splits = {"train": train, **devs}
     if not task.sizes and not task.regression:
-        task = replace(task, labels=find_labels(splits["train"]))
+        task = replace(task, labels=find_labels(train))
         if task.words and all(re.fullmatch(r"O|[BIESLU]-.+", label) for label in task.labels):
             task = replace(task, metrics=("entity_f1",))
     y, majority = {name: to_numbers(split, task) for name, split in splits.items()}, 0.0
     if not task.regression:
         commonest = np.bincount(y["train"]).argmax()
-        constant = {name: np.full_like(y[name], commonest) for name in y if name != "train"}
-        lengths = {name: splits[name].lengths for name in constant}
-        majority = evaluate(task, y, constant, lengths)["score"]
+        constant = {name: np.full_like(y[name], commonest) for name in devs}
+        majority = evaluate(task, y, constant, {name: devs[name].lengths for name in devs})["score"]
     digest = zlib.crc32(b"regression") if task.regression and not task.sizes else 0
     counts = [len(split.lines) for split in splits.values()]
     # to 1 in 10,000: the official QQP file and the hub's differ by three rows
@@ -271,8 +268,7 @@ def load_data(task: Task, sources: dict[str, Source]) -> Data:
     elif task.labels:
         notes[0] += f", {len(task.labels)} classes: {listed(task.labels)}"
     if task.words:
-        form = splits["train"].form
-        notes[0] += f"; {form} with a label for each word, metric {task.metrics[0]}"
+        notes[0] += f"; {train.form} with a label for each word, metric {task.metrics[0]}"
     for split in splits.values():
         digest = split.digest(digest)
         if split.broken:
@@ -280,4 +276,4 @@ def load_data(task: Task, sources: dict[str, Source]) -> Data:
                          f"left out; the first in line {split.broken[0]:,}")
     facts = {"data": f"{digest:08x}", "majority": majority, "official": bool(official),
              "n_train": counts[0], "n_dev": sum(counts[1:])}
-    return Data(task, splits.pop("train"), splits, y, facts, notes)
+    return Data(task, train, devs, y, facts, notes)

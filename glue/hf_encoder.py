@@ -1,13 +1,11 @@
-"""Any encoder that transformers knows, behind the flat calls of our own: finetune_glue.py --hf.
-
-Same examples, order, optimizer and evaluation as our checkpoints; only the padding, which such a
-model cannot do without, is its own.
-"""
+"""finetune_glue.py --hf: any encoder that transformers knows behind the flat calls of our own; only
+the padding, which such a model cannot do without, is its own."""
 
 import math
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from corpus.tokenizer import valid_unicode
@@ -24,17 +22,15 @@ hf.utils.logging.disable_progress_bar()
 class HFClassifier(nn.Module):
     """Any transformers encoder behind the flat call of SequenceClassifier, or of TokenClassifier.
 
-    pretrained=False: random weights of that shape. A last layer of as many classes is kept.
-    n_positions: rows of its position table that a text can use, inf where it has none.
-    ValueError for weights that are not all there.
+    pretrained=False: random weights of that shape. n_positions: rows of its position table that a
+    text can use, inf where it has none. ValueError for weights that are not all there.
     """
 
     def __init__(self, path: Path, n_labels: int, dropout: float | None = None, pretrained=True,
                  words=False):
         super().__init__()
         self.words = words
-        kind = "Token" if words else "Sequence"
-        auto = getattr(hf, f"AutoModelFor{kind}Classification")
+        auto = getattr(hf, f"AutoModelFor{'Token' if words else 'Sequence'}Classification")
         config = hf.AutoConfig.from_pretrained(path, num_labels=n_labels)
         # of embeddings, layers and classifier: each kind of encoder has its own names for them
         for name in config.to_dict() if dropout is not None else ():
@@ -51,12 +47,11 @@ class HFClassifier(nn.Module):
         else:
             self.model = auto.from_config(config, dtype=torch.float32)
         self.typed = (getattr(config, "type_vocab_size", None) or 0) > 1
-        self.n_positions = math.inf
         # RoBERTa counts positions from padding_idx + 1: the rows before are out of a text's reach
-        for name, m in self.model.named_modules():
-            if name.endswith("position_embeddings") and isinstance(m, nn.Embedding):
-                reserved = 0 if m.padding_idx is None else m.padding_idx + 1
-                self.n_positions = m.num_embeddings - reserved
+        self.n_positions = next((
+            m.num_embeddings - (0 if m.padding_idx is None else m.padding_idx + 1)
+            for name, m in self.model.named_modules()
+            if name.endswith("position_embeddings") and isinstance(m, nn.Embedding)), math.inf)
 
     def compile(self, **how) -> None:
         """torch.compile what is transformers'; the padding before it depends on the data."""
@@ -71,10 +66,7 @@ class HFClassifier(nn.Module):
         padded[:, real] = torch.stack([input_ids, token_type_ids])[:, : cu_seqlens[-1]]
         types = {"token_type_ids": padded[1]} if self.typed else {}
         logits = self.model(input_ids=padded[0], attention_mask=real.long(), **types).logits
-        if not self.words:
-            return logits
-        rest = len(input_ids) - cu_seqlens[-1]  # rows of no example
-        return torch.cat([logits[real], logits.new_zeros(rest, logits.shape[-1])])
+        return F.pad(logits[real], (0, 0, 0, len(input_ids) - real.sum())) if self.words else logits
 
     def save_pretrained(self, folder: Path) -> None:
         self.model.save_pretrained(folder)

@@ -9,6 +9,9 @@ from typing import Any
 from corpus.tokenizer import Tokenizer
 from model import find_checkpoints, find_folder, weights_checksum
 
+COSTS = {"step": "step", "tokens": "tokens", "pretrain_seconds": "train_seconds",
+         "pretrain_gpu_seconds": "gpu_seconds", "pretrain_dollars": "dollars"}  # here, in progress
+
 
 @dataclass
 class Start:
@@ -18,13 +21,12 @@ class Start:
     out: Path  # <run>/glue
     run: str
     checkpoint: str  # "ckpt/step_00000100", "random", or the name of a foreign folder
-    progress: dict[str, Any]  # what pretraining has cost, if it was ours
+    facts: dict[str, Any]  # of its records: what pretraining has cost, if it was ours
     weights: str  # tells these weights from others that were there under the same name
     shape: str  # of the encoder and its vocabulary: what tells random weights apart
     tokenizer: Any  # a Tokenizer, or what transformers has for it
     foreign: bool = False  # transformers runs the model
     fresh: bool = False  # of the folder's weights only the shape is taken
-    after: str = ""  # identity of the job that makes its MNLI model
 
     @property
     def name(self) -> str:
@@ -49,8 +51,10 @@ def find_start(folder: Path, given: str, foreign: bool, out: str) -> Start:
     if not n_own <= n < n_own + 128:  # others may have rounded it up to a multiple of 128
         raise ValueError(f"{folder}: the model has {n} tokens, the tokenizer there {n_own}")
     shape = zlib.crc32(config, zlib.crc32(tokenizer.vocabulary))
-    return Start(folder, home / "glue", run, f"ckpt/{real.name}" if ours else run,
-                 json.loads(progress.read_text()) if progress.is_file() else {},
+    cost = {"step": 0} | (json.loads(progress.read_text()) if progress.is_file() else {})
+    facts = {"family": cost.get("family", "other"), "preset": cost.get("preset", run)}
+    facts |= {name: cost.get(key) for name, key in COSTS.items()}
+    return Start(folder, home / "glue", run, f"ckpt/{real.name}" if ours else run, facts,
                  f"{weights_checksum(folder, shape):08x}", f"{shape:08x}", tokenizer, foreign)
 
 
@@ -65,12 +69,10 @@ def find_starts(cfg) -> list[Start]:
         folders = find_checkpoints(given) or [find_folder(given)]
         for folder in folders if cfg.checkpoints == "all" else folders[-1:]:
             start = find_start(folder, given, foreign, cfg.out)
-            costs = dict.fromkeys(("step", "tokens", "train_seconds", "gpu_seconds", "dollars"), 0)
             random = replace(start, checkpoint="random", weights=start.shape, fresh=True,
-                             progress=start.progress | costs)  # which has cost nothing
+                             facts=start.facts | dict.fromkeys(COSTS, 0))
             for one in [start, random] if cfg.from_scratch else [start]:
-                if (twin := starts.get(one.name, one)).out.resolve() != one.out.resolve():
+                if (twin := starts.setdefault(one.name, one)).out.resolve() != one.out.resolve():
                     raise ValueError(f"{twin.out.parent} and {one.out.parent} are both called "
                                      f"{one.name}; rename one")
-                starts[one.name] = one
     return list(starts.values())

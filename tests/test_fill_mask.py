@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from corpus.tokenizer import Tokenizer
 from fill_mask import fill_mask, main, show
 from model import EncoderConfig, MaskedLM
 
-GOLDEN = Path(__file__).parents[1] / "../shared/golden/mosaicbert_small.safetensors"
 TEXTS = ["the cat sat on the mat.", "the dog sat on the cat.", "a man walks\n", "naïve café"] * 20
 
 
@@ -68,48 +66,25 @@ def test_words_are_clean_and_fragments_are_quoted():
     assert {token: show(token) for token in shown} == shown
 
 
-def vocabulary_of(learner, folder: Path) -> Path:
-    learner.train_from_iterator(TEXTS, vocab_size=90, show_progress=False)
-    learner.save(str(folder / "tokenizer.json"))
-    return folder / "tokenizer.json"
-
-
 def test_a_hugging_face_bert_answers_as_transformers_does(tmp_path, capsys):
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertConfig, BertForMaskedLM
 
-    vocabulary_of(BertWordPieceTokenizer(), tmp_path)
-    tokenizer = Tokenizer.load(tmp_path)
+    learner, vocabulary = BertWordPieceTokenizer(), tmp_path / "elsewhere.json"
+    learner.train_from_iterator(TEXTS, vocab_size=90, show_progress=False)
+    learner.save(str(vocabulary))
+    tokenizer = Tokenizer.load(vocabulary)
     shape = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     config = BertConfig(vocab_size=tokenizer.vocab_size, **shape, initializer_range=0.5)
     theirs, text = BertForMaskedLM(config).eval(), "the [MASK] sat on"
     theirs.save_pretrained(tmp_path)
-    main([str(tmp_path), text])
+    with pytest.raises(SystemExit, match="no tokenizer at"):
+        main([str(tmp_path), text])
+    main([str(tmp_path), text, "--tokenizer", str(vocabulary)])
     ids = torch.tensor([[tokenizer.cls_id, *tokenizer.encode_with_masks(text), tokenizer.sep_id]])
     best = [x.tolist() for x in theirs(ids).logits[0, 2].softmax(-1).topk(3)]
     expected = [f"{tokenizer.hf.id_to_token(t)} {p:.3f}" for p, t in zip(*best)]
     assert capsys.readouterr().out.splitlines()[-1].strip() == "   ".join(expected)
-
-
-def test_official_mosaicbert_answers_with_the_tokenizer_given(tmp_path, capsys):
-    """The official repository holds no tokenizer: it was trained with bert-base-uncased's."""
-    if not GOLDEN.exists():
-        pytest.skip("golden vectors of upstream MosaicBERT are not in a plain clone")
-    from tokenizers import BertWordPieceTokenizer
-
-    with safe_open(GOLDEN, "pt") as f:
-        weights = {k[4:]: f.get_tensor(k) for k in f.keys() if k.startswith("mlm.")}  # noqa: SIM118
-        (tmp_path / "config.json").write_text(f.metadata()["config"])
-    torch.save(weights, tmp_path / "pytorch_model.bin")  # as it is on the hub
-    (tmp_path / "bert").mkdir()
-    vocabulary = vocabulary_of(BertWordPieceTokenizer(), tmp_path / "bert")
-    with pytest.raises(SystemExit, match="no tokenizer at"):
-        main([str(tmp_path), "a [MASK]"])
-    text = "the [MASK] sat on the [MASK]."
-    main([str(tmp_path), text, "--top_k", "2", "--tokenizer", str(vocabulary)])
-    sentence, *answers = capsys.readouterr().out.strip().splitlines()
-    assert sentence == text and len(answers) == 2
-    assert all(re.fullmatch(r"  \S+ 0\.\d{3}   \S+ 0\.\d{3}", answer) for answer in answers)
 
 
 def test_a_tokenizer_too_large_for_the_model_is_refused(tmp_path, run):

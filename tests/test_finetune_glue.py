@@ -121,6 +121,12 @@ def records(run: Path) -> dict[str, list[dict]]:
     return {path.stem: read_jsonl(path)[0] for path in (run / "glue").glob("*.jsonl")}
 
 
+def fine_tuned(run: Path, *args: str, task: str = "toy") -> list[dict]:
+    """All records of the run's task after this command."""
+    main([str(run), *args])
+    return records(run)[task]
+
+
 def fails(capsys, args: list[str]) -> str:
     """The one line that main() ends with on bad input."""
     with pytest.raises(SystemExit) as e:
@@ -129,9 +135,6 @@ def fails(capsys, args: list[str]) -> str:
     assert message.startswith("error: ")
     assert "\n" not in message
     return message
-
-
-# ----------------------------------------------------------------------------- the eight tasks
 
 
 def test_every_task_runs_on_files_in_the_official_formats(run, glue_dir, capsys):
@@ -250,9 +253,6 @@ def test_small_tasks_start_from_mnli_only_when_it_is_there(run, glue_dir, capsys
     assert "from the checkpoint" in capsys.readouterr().out
 
 
-# ----------------------------------------------------------------------------- metrics
-
-
 def test_metrics_are_those_computed_by_hand():
     y, answers = np.array([1, 1, 1, 0, 0, 0, 0, 1]), np.array([1, 1, 0, 0, 0, 1, 0, 1])
     tp, tn, fp, fn = 3, 3, 1, 1
@@ -342,9 +342,6 @@ def test_the_table_says_what_pretraining_gained_over_random_weights():
     assert gains(foreign).split() == ["my", "bert", "+18.0"]
 
 
-# ----------------------------------------------------------------------------- flat batches
-
-
 def test_pairs_are_cut_longest_first(tokenizer):
     a, b = [" ".join(["the"] * 12)], [" ".join(["dog"] * 4)]
     n_a, n_b = len(tokenizer.encode(a[0])), len(tokenizer.encode(b[0]))
@@ -400,9 +397,6 @@ def test_predict_keeps_the_order_over_many_batches():
     assert predict(Echo(1, 1), data, torch.float32)[:, 0].tolist() == list(range(900))
 
 
-# ----------------------------------------------------------------------------- training
-
-
 def toy_task(folder: Path, n: int = 160) -> list[str]:
     """Label: does the sentence say "good"? A task of one's own; returns its arguments."""
     rng = np.random.default_rng(0)
@@ -418,35 +412,31 @@ def toy_task(folder: Path, n: int = 160) -> list[str]:
 
 def test_a_learnable_task_is_learned_and_numbers_are_reproducible(run, tmp_path, capsys):
     task = toy_task(tmp_path)
-    main([str(run), *task, *LEARN])
-    (first,) = records(run)["toy"]  # named after its folder
+    (first,) = fine_tuned(run, *task, *LEARN)  # named after its folder
     assert first["majority"] == 0.5
     assert first["score"] > 0.9
     assert len(first["history"]) == 12
     assert first["history"][-1]["accuracy"] == first["metrics"]["accuracy"]
     assert "2 classes: negative, positive" in capsys.readouterr().out
     (run / "glue/toy.jsonl").unlink()
-    main([str(run), *task, *LEARN])
-    (second,) = records(run)["toy"]
+    (second,) = fine_tuned(run, *task, *LEARN)
     assert second["history"] == first["history"]
-    main([str(run), *task, *LEARN[:-1], "6"])
-    assert records(run)["toy"][-1]["history"] != first["history"]
+    assert fine_tuned(run, *task, *LEARN[:-1], "6")[-1]["history"] != first["history"]
 
 
-def test_from_scratch_is_the_same_shape_with_random_weights(run, tmp_path, capsys):
-    main([str(run), *toy_task(tmp_path, 40), "--from_scratch", "--seeds", "1", *QUICK])
+@pytest.mark.parametrize("hf", [False, True])
+def test_from_scratch_is_the_same_shape_with_random_weights(run, tmp_path, capsys, hf):
+    if hf:
+        write_hf_bert(run := tmp_path / "bert")
+    main([*["--hf"] * hf, str(run), *toy_task(tmp_path, 40), "--from_scratch", "--seeds", "1",
+          *QUICK])
     pretrained, random = records(run)["toy"]
+    assert pretrained["checkpoint"] == ("bert-transformers" if hf else "ckpt/step_00000010")
     facts = [random[k] for k in ("checkpoint", "step", "tokens", "pretrain_seconds", "family")]
-    assert facts == ["random", 0, 0, 0, "mosaic"]
+    assert facts == ["random", 0, 0, 0, "other" if hf else "mosaic"]
     assert pretrained["history"] != random["history"]
-    assert "from random weights" in capsys.readouterr().out
-    write_hf_bert(tmp_path / "bert")
-    hf = ["--hf", str(tmp_path / "bert"), "--from_scratch", "--seeds", "1"]
-    main([*hf, *toy_task(tmp_path, 40), *QUICK])
-    pretrained, random = records(tmp_path / "bert")["toy"]
-    assert (pretrained["checkpoint"], random["checkpoint"]) == ("bert-transformers", "random")
-    assert pretrained["history"] != random["history"]
-    assert "gained over random weights" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "from random weights" in out and "gained over random weights" in out
 
 
 def test_learning_rate_warms_up_and_ends_at_zero(tokenizer, monkeypatch):
@@ -547,20 +537,15 @@ def test_compiled_once_for_every_batch_and_for_every_seed(tokenizer, monkeypatch
 
 @pytest.mark.slow
 def test_compiled_and_eager_jobs_agree(run, tmp_path):
-    args = [str(run), *toy_task(tmp_path), *LEARN]
-    main([*args, "--compile", "off"])
-    (eager,) = records(run)["toy"]
+    args = [*toy_task(tmp_path), *LEARN]
+    (eager,) = fine_tuned(run, *args, "--compile", "off")
     (run / "glue/toy.jsonl").unlink()
-    main([*args, "--compile", "on"])
-    (compiled,) = records(run)["toy"]
+    (compiled,) = fine_tuned(run, *args, "--compile", "on")
     losses = [[epoch["loss"] for epoch in record["history"]] for record in (eager, compiled)]
     np.testing.assert_allclose(losses[1][:3], losses[0][:3], atol=2e-3)
     # where the loss falls steeply, rounding moves it a little
     np.testing.assert_allclose(losses[1], losses[0], atol=2e-2)
     assert compiled["score"] == pytest.approx(eager["score"], abs=0.05)
-
-
-# ----------------------------------------------------------------------------- tasks of one's own
 
 
 def test_regression_on_jsonl_with_two_named_columns(run, tmp_path, capsys):
@@ -575,8 +560,7 @@ def test_regression_on_jsonl_with_two_named_columns(run, tmp_path, capsys):
     files = ["--task", str(tmp_path / "train.jsonl"), "--eval", str(tmp_path / "dev.jsonl")]
     files += ["--task_name", "dogs"]
     columns = ["--text_columns", "left,right", "--label_column", "grade", "--regression"]
-    main([str(run), *files, *columns, *LEARN])
-    (record,) = records(run)["dogs"]
+    (record,) = fine_tuned(run, *files, *columns, *LEARN, task="dogs")
     assert record["majority"] == 0.0
     assert set(record["metrics"]) == {"spearman", "pearson"}
     assert record["score"] == record["metrics"]["spearman"] > 0.7
@@ -592,41 +576,28 @@ def test_a_task_of_ones_own_is_named_after_its_file_or_folder(path, name):
     assert [t.name for t in finetune_glue.pick_tasks(replace(cfg, task_name="ham"))] == ["ham"]
 
 
-def test_predictions_for_the_evaluation_file_are_written_and_make_the_score(run, tmp_path):
-    task = toy_task(tmp_path)
-    main([str(run), *task, *LEARN])
-    (record,) = records(run)["toy"]
-    path = run / "glue/predictions/toy_step_00000010_seed5.tsv"
-    answers, truth = ([line.split("\t")[1] for line in file.read_text().splitlines()[1:]]
-                      for file in (path, Path(task[3])))
-    correct = [a == b for a, b in zip(answers, truth, strict=True)]
-    assert record["score"] == pytest.approx(np.mean(correct))
-
-
-def test_a_row_to_predict_that_lacks_a_text_is_refused(run, glue_dir, tmp_path, capsys):
-    (tmp_path / "new.tsv").write_text("index\tsentence1\tsentence2\n0\ta\tb\n5\tonly one text\n")
-    args = ["--glue_dir", str(glue_dir), "--task", "RTE", "--predict", str(tmp_path / "new.tsv")]
-    assert "new.tsv:3: this row lacks a text" in fails(capsys, [str(run), *args, *QUICK])
-    assert not (run / "glue").exists()
-
-
-def test_predictions_are_written_for_unlabelled_rows(run, tmp_path, capsys):
+def test_predictions_are_written_for_unlabelled_rows_and_those_of_eval_make_the_score(
+        run, tmp_path, capsys):
     task = toy_task(tmp_path)
     texts = ["sentence", "the dog is good", "a cat was bad", "the river is good"]
     (tmp_path / "new.tsv").write_text("\n".join(texts) + "\n")
-    args = [str(run), *task, *LEARN, "--predict", str(tmp_path / "new.tsv")]
-    main(args)
+    args = [*task, *LEARN, "--predict", str(tmp_path / "new.tsv")]
+    (record,) = fine_tuned(run, *args)
     path = run / "glue/predictions/toy_step_00000010_seed5_new.tsv"
     assert path.read_text() == "index\tprediction\n0\tpositive\n1\tnegative\n2\tpositive\n"
+    of_eval = path.with_stem(path.stem.removesuffix("_new"))
+    answers, truth = ([line.split("\t")[1] for line in file.read_text().splitlines()[1:]]
+                      for file in (of_eval, Path(task[3])))
+    correct = [a == b for a, b in zip(answers, truth, strict=True)]
+    assert record["score"] == pytest.approx(np.mean(correct))
     capsys.readouterr()
-    main(args)
+    main([str(run), *args])
     assert "1 jobs had been finished before" in capsys.readouterr().out
     path.unlink()  # asked for and gone: the job is not finished
-    main(args)
+    main([str(run), *args])
     assert path.exists()
-
-
-# ----------------------------------------------------------------------------- labelled words
+    (tmp_path / "new.tsv").write_text("index\tsentence\n0\ta\n5\n")
+    assert "new.tsv:3: this row lacks a text" in fails(capsys, [str(run), *args])
 
 
 TAG = ["--epochs", "16", "--batch_size", "4", "--lr", "3e-3", "--dropout", "0", "--seeds", "5",
@@ -708,7 +679,7 @@ def test_the_first_sub_word_has_the_label_and_what_is_cut_off_none(tokenizer):
     assert np.isnan(found[3])
 
 
-def test_entities_count_only_when_whole():
+def test_entities_count_only_when_whole(tmp_path):
     names = ("B-LOC", "B-PER", "I-LOC", "I-PER", "O")
     y = [["B-PER", "I-PER", "O", "B-LOC"], ["B-LOC", "I-LOC", "O"]]
     predicted = [["B-PER", "O", "O", "B-LOC"], ["B-LOC", "I-LOC", "B-PER"]]
@@ -719,6 +690,9 @@ def test_entities_count_only_when_whole():
     assert found["score"] == found["entity_f1"] == pytest.approx(2 * 2 / (4 + 3))  # 2 of 3, of 4
     nothing = evaluate(task, {"dev": flat[0]}, {"dev": np.full(7, 4)}, {"dev": [4, 3]})
     assert nothing["score"] == 0.0
+    rows = list(zip([["a"] * 4, ["b"] * 3], y))
+    file = write_words(tmp_path / "names.txt", rows)  # what they are measured by without a word
+    assert load_data(words_task(), {"train": file, "dev": file}).task.metrics == ("entity_f1",)
 
 
 def test_words_are_tagged_predicted_cut_and_exported(run, tmp_path, capsys):
@@ -756,18 +730,6 @@ def test_words_are_tagged_predicted_cut_and_exported(run, tmp_path, capsys):
     assert n_whole > 2
 
 
-def test_a_transformers_encoder_finds_names_measured_as_entities(tmp_path):
-    write_hf_bert(tmp_path / "bert")
-    rows = [(words, ["B-WHO" if y == "NOUN" else "O" for y in labels])
-            for words, labels in tagged(90)]
-    files = [str(write_words(tmp_path / f"{n}.txt", rows)) for n in ("train", "dev")]
-    main(["--hf", str(tmp_path / "bert"), "--task", files[0], "--eval", files[1], *TAG,
-          "--task_name", "who", "--max_len", "24"])
-    (record,) = records(tmp_path / "bert")["who"]
-    assert record["score"] == record["metrics"]["entity_f1"] > 0.8
-    assert record["majority"] == 0.0
-
-
 def test_bad_files_of_words_get_one_line_with_the_row(run, tmp_path, capsys):
     good = [json.dumps({"words": w, "labels": y}) for w, y in tagged(8)]
     uneven = '{"words": ["a", "b"], "labels": ["X"]}'
@@ -791,9 +753,6 @@ def test_bad_files_of_words_get_one_line_with_the_row(run, tmp_path, capsys):
         dev.write_text("\n".join(lines[suffix]) + "\n")
         args = ["--task", str(train), "--eval", str(dev), "--task_name", "pos", *extra.split()]
         assert message in fails(capsys, [str(run), *args, *QUICK])
-
-
-# ----------------------------------------------------------------------------- jobs
 
 
 def test_finished_jobs_are_skipped_and_a_torn_line_runs_again(run, tmp_path, capsys):
@@ -822,17 +781,15 @@ def test_finished_jobs_are_skipped_and_a_torn_line_runs_again(run, tmp_path, cap
     assert len(records(run)["toy"]) == 6
 
 
-def test_numbers_read_as_classes_and_as_values_are_two_jobs(run, tmp_path, capsys):
+def test_numbers_read_as_classes_and_as_values_are_two_jobs(run, tmp_path):
     rng = np.random.default_rng(0)
     rows = [{"sentence": sentence(rng), "label": str(i % 5)} for i in range(40)]
     write_tsv(tmp_path / "stars/train.tsv", rows)
     file = str(tmp_path / "stars/train.tsv")
-    args = [str(run), "--task", file, "--eval", file]
-    main([*args, "--seeds", "1", *QUICK])
-    main([*args, "--seeds", "1", *QUICK, "--regression"])
-    metrics = [set(r["metrics"]) for r in records(run)["stars"]]
-    assert metrics == [{"accuracy"}, {"spearman", "pearson"}]
-    assert "finished before" not in capsys.readouterr().out
+    args = ["--task", file, "--eval", file, "--seeds", "1", *QUICK]
+    main([str(run), *args])
+    found = fine_tuned(run, *args, "--regression", task="stars")
+    assert [set(r["metrics"]) for r in found] == [{"accuracy"}, {"spearman", "pearson"}]
 
 
 def test_other_weights_or_another_shape_under_the_old_name_are_another_start(
@@ -859,30 +816,15 @@ def test_other_weights_or_another_shape_under_the_old_name_are_another_start(
     assert names == ["ckpt/step_00000010", "random"] * 2
 
 
-def test_mnli_is_first_and_then_what_takes_longest(run, glue_dir, monkeypatch):
+def test_the_longest_job_is_first_and_what_starts_from_mnli_last(run, glue_dir, monkeypatch):
     ran = []
-    monkeypatch.setattr(finetune_glue, "run_job",
-                        lambda job, *_, **__: ran.append((job.data.task.name, job.record["seed"])))
+    monkeypatch.setattr(finetune_glue, "run_job", lambda job, *_, **__: ran.append(job))
     monkeypatch.setattr(finetune_glue, "table", lambda records: "")
-    tasks = ["--task", "RTE,SST-2,CoLA,MNLI", "--seeds", "1,2", *ON_CPU]
+    tasks = ["--task", "RTE,SST-2,CoLA,MNLI,MRPC", "--seeds", "1", *ON_CPU]
     main([str(run), "--glue_dir", str(glue_dir), *tasks])
-    assert ran[0] == ("MNLI", 1)  # RTE waits for it
-    assert [task for task, _ in ran[1:3]] == ["CoLA", "CoLA"]  # 10 epochs of as many rows, not 3
-    assert {task for task, _ in ran[-2:]} == {"RTE"}
-
-
-def test_an_mnli_model_that_was_taken_away_ends_the_command(run, glue_dir, capsys, monkeypatch):
-    args = [str(run), "--glue_dir", str(glue_dir), "--seeds", "1", *QUICK]
-    main([*args, "--task", "MNLI"])
-    make_jobs = finetune_glue.make_jobs
-
-    def then_another_command(*args):
-        jobs = make_jobs(*args)
-        (run / "glue/mnli/step_00000010/job.json").write_text("{}")
-        return jobs
-
-    monkeypatch.setattr(finetune_glue, "make_jobs", then_another_command)
-    assert "was replaced by another command" in fails(capsys, [*args, "--task", "RTE"])
+    names = [job.data.task.name for job in ran]
+    assert names[0] == "CoLA"  # 10 epochs of as many rows, not 3
+    assert names[3:] == ["MRPC", "RTE"]
 
 
 def test_a_score_that_another_command_asks_for_is_noted_under_it_too(run, tmp_path, monkeypatch):
@@ -928,10 +870,9 @@ def test_two_workers_share_the_jobs_and_end_with_the_same_numbers(
 
 
 def test_a_killed_job_goes_on_from_its_last_epoch_as_if_never_stopped(run, tmp_path, monkeypatch):
-    args = [str(run), *toy_task(tmp_path, 80), "--epochs", "4", "--seeds", "1", "--lr", "1e-3",
+    args = [*toy_task(tmp_path, 80), "--epochs", "4", "--seeds", "1", "--lr", "1e-3",
             "--dropout", "0.1", *ON_CPU]
-    main(args)
-    (whole,) = records(run)["toy"]
+    (whole,) = fine_tuned(run, *args)
     (run / "glue/toy.jsonl").unlink()
     monkeypatch.setattr(finetune_glue, "SAVE_EVERY", 0)
     epochs, evaluate = [], finetune_glue.evaluate
@@ -944,11 +885,10 @@ def test_a_killed_job_goes_on_from_its_last_epoch_as_if_never_stopped(run, tmp_p
 
     monkeypatch.setattr(finetune_glue, "evaluate", killed_in_the_third_epoch)
     with pytest.raises(KeyboardInterrupt):
-        main(args)
+        main([str(run), *args])
     (state,) = (run / "glue").glob(".toy-*.pt")
-    main(args)
+    (resumed,) = fine_tuned(run, *args)
     assert len(epochs) == 5  # the third again, and the fourth
-    (resumed,) = records(run)["toy"]
     assert resumed["history"] == whole["history"]
     assert not state.exists()
 
@@ -963,9 +903,6 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step(
     assert f"{run}/glue cannot be written to (File exists); give --out" in message
     main([*args, "--out", str(tmp_path / "results")])
     assert len(records(tmp_path / "results/small")["toy"]) == 1
-
-
-# ----------------------------------------------------------------------------- other starts
 
 
 def write_hf_bert(folder: Path) -> None:
@@ -1003,12 +940,18 @@ def test_hugging_face_bert_is_fine_tuned_by_our_model_and_by_transformers(
     logits = [predict(model, data, torch.float32) for model in (theirs, ours)]
     np.testing.assert_allclose(*logits, atol=1e-5)
     common = ["--glue_dir", str(glue_dir), "--task", "MNLI,RTE", "--seeds", "1", *QUICK]
-    main([bert, *common, "--max_len", "20"])
-    assert "bert · seed 1, from its MNLI model" in capsys.readouterr().out
-    main(["--hf", bert, *common, "--max_len", "20"])  # another engine is another start
-    assert "bert-transformers · seed 1, from its MNLI model" in capsys.readouterr().out
+    for hf, name in ((), "bert"), (["--hf"], "bert-transformers"):  # two engines, two starts
+        main([*hf, bert, *common, "--max_len", "20"])
+        assert f"{name} · seed 1, from its MNLI model" in capsys.readouterr().out
     assert [r["run"] for r in records(tmp_path / "bert")["RTE"]] == ["bert", "bert-transformers"]
     assert str(glue_dir) in fails(capsys, ["--hf", str(glue_dir), *common])
+    rows = [(words, ["B-WHO" if y == "NOUN" else "O" for y in labels])
+            for words, labels in tagged(90)]
+    file = str(write_words(tmp_path / "who.txt", rows))
+    main(["--hf", bert, "--task", file, "--eval", file, *TAG, "--max_len", "24"])
+    (record,) = records(tmp_path / "bert")["who"]
+    assert record["score"] == record["metrics"]["entity_f1"] > 0.8
+    assert record["majority"] == 0.0
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert", "distilbert"])
@@ -1081,9 +1024,6 @@ def test_texts_are_cut_at_learned_positions(tmp_path, tokenizer, capsys):
     write_checkpoint(tmp_path / "runs/bert", tokenizer, 10, position="learned", max_positions=9)
     main([str(tmp_path / "runs/bert"), *toy_task(tmp_path, 40), "--seeds", "1", *QUICK])
     assert "texts are cut at the 9 tokens of bert" in capsys.readouterr().out
-
-
-# ----------------------------------------------------------------------------- bad input
 
 
 def test_bad_files_get_one_line(run, tmp_path, capsys, monkeypatch):
