@@ -20,12 +20,11 @@ from typing import Annotated, Literal
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from matplotlib.font_manager import get_font_names
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from scipy.ndimage import uniform_filter1d
 
 import records
-from records import Run, find, listed, note, read_jsonl, read_sweep, standard_error
+from records import Run, find, listed, note, read_sweep, standard_error
 
 PUBLISHED = Path(__file__).parent / "results" / "published.json"
 # Okabe & Ito's colour-blind-safe palette without its yellow (pale on white) and its black (the
@@ -34,7 +33,6 @@ COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">"]
 DASHES = ["-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (9, 3)), (0, (3, 1, 1, 1, 1, 1))]
 FAMILIES = ["mosaic", "bert", "nano"]  # each has its colour in all figures; others come after them
-FONTS = {"Noto Sans CJK SC", "Noto Sans CJK JP", "Hiragino Sans", "Microsoft YaHei", "SimHei"}
 GLUE = {"MNLI", "QQP", "QNLI", "SST-2", "CoLA", "STS-B", "MRPC", "RTE"}
 COSTS = {  # --x: name, key in logs, units
     "seconds": ("time", "train_seconds", {"seconds": 1, "minutes": 60, "hours": 3600}),
@@ -52,8 +50,7 @@ METRICS = {  # --metric: name, unit, scale
 plt.switch_backend("Agg")  # files only: works without a display
 plt.rcParams.update({
     "figure.figsize": (6.6, 4.4), "figure.constrained_layout.use": True, "savefig.dpi": 200,
-    "font.family": ["DejaVu Sans", *sorted(FONTS & set(get_font_names()))], "font.size": 9,
-    "text.parse_math": False,  # names are text: a run may be called lr_$1$
+    "font.size": 9, "text.parse_math": False,  # names are text: a run may be called lr_$1$
     "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.grid": True, "axes.axisbelow": True, "axes.ymargin": 0.08, "axes.edgecolor": "0.3",
     "axes.spines.top": False, "axes.spines.right": False, "grid.color": "0.92",
@@ -66,11 +63,6 @@ Out = Annotated[str, tyro.conf.arg(help="file to write: .png, .svg or .pdf")]
 Cost = Annotated[Literal[*COSTS], tyro.conf.arg(help="horizontal axis")]
 # a checkpoint: cost x, mean score y, its standard error err (nan if nothing tells)
 Point = namedtuple("Point", "line trained x y err n_runs n_seeds")
-
-
-def extent(counts: list[int]) -> str:
-    """ "3", or "1 to 3" where they differ."""
-    return " to ".join(map(str, sorted({min(counts), max(counts)})))
 
 
 def frontier(x: list[float], y: list[float], lower: bool, same: float = 0.01) -> np.ndarray:
@@ -195,9 +187,9 @@ def checkpoints(runs: list[Run], sweeps: list[Path], metric: str, x: Cost) -> li
         about = {"line": lines[run.path], "run": run.path, "family": run.family,
                  "device": run.device}
         own = [r for r in run.glue if r["step"] or r.get("checkpoint") == "random"]
-        if metric == "blimp":  # of a checkpoint the record of most pairs
-            own = sorted(read_jsonl(run.path / "blimp.jsonl")[0], key=lambda r: r["n_pairs"])
-            own = {r["step"]: r | {"task": metric, key: r[log_key]} for r in own}.values()
+        if metric == "blimp":
+            own = records.read_blimp(run.path).values()
+            own = [r | {"task": metric, key: r[log_key]} for r in own]
         elif metric != "glue":
             table = zip(*(run.eval[c].tolist() for c in ("step", metric, log_key)))
             own = [{"task": metric, "step": step, "score": score, key: cost}
@@ -290,7 +282,7 @@ def pareto(paths: Paths, out: Out = "plots/pareto.png", x: Cost = "seconds", tas
     for (name, cost, score), marker in zip(others, itertools.cycle(MARKERS)):
         handles += ax.plot(cost / unit, score, label=name, marker=marker, color="0.4", mfc="white",
                            ls=":", lw=0.9, ms=5, zorder=2)
-    n_seeds, n_runs = [extent([p[i] for p in found if p.trained]) for i in (-1, -2)]
+    n_seeds, n_runs = [listed(sorted({p[i] for p in found if p.trained})) for i in (-1, -2)]
     facts = [f"{n_runs} runs per point"] * (n_runs != "1")
     if metric == "glue":
         measures = {measure for r in scores for measure in r["measures"]}
@@ -316,25 +308,23 @@ def pareto(paths: Paths, out: Out = "plots/pareto.png", x: Cost = "seconds", tas
 
 
 def loss(paths: Paths, out: Out = "plots/loss.png", x: Cost = "tokens") -> None:
-    """Masked-language-modelling loss of each run: training (raw and smoothed) and held-out. More
-    than thirty runs are drawn thin and named by family."""
+    """Masked-language-modelling loss of each run: training (raw and smoothed) and held-out."""
     folders, _ = find(paths)
     records.make_folder(Path(out).parent)
     runs = [run for run in records.read_runs(folders)
             if len(run.train["step"]) + len(run.eval["step"])]
     if not runs:
         raise SystemExit(f"error: no log of a run in {listed(paths)}; nothing drawn")
-    few, key = len(runs) <= 30, COSTS[x][1]
-    names = name_lines({run.path: run.names if few else [run.family] for run in runs})
+    key, names = COSTS[x][1], name_lines({run.path: run.names for run in runs})
     looks = styles({names[run.path]: run.family for run in runs})
     fig, ax = plt.subplots()
     unit = cost_axis(ax, x, max(np.nanmax([0, *r.train[key], *r.eval[key]]) for r in runs))
     for run in runs:
-        look = looks[names[run.path]] | {"lw": 1.5 if few else 0.7, "ms": 5 if few else 3}
+        look = looks[names[run.path]] | {"ms": 5}
         ax.plot(run.eval[key] / unit, run.eval["loss"], **look | {"ls": ""})
         if n := np.isfinite(run.train["loss"]).sum():
             at, y = [run.train[k][np.isfinite(run.train["loss"])] for k in (key, "loss")]
-            some = np.linspace(0, n - 1, min(n, 1000 if few else 100)).astype(int)  # small svg
+            some = np.linspace(0, n - 1, min(n, 1000)).astype(int)  # a small .svg
             ax.plot(at[some] / unit, y[some], color=look["color"], lw=0.6, alpha=0.25)
             y = uniform_filter1d(y, max(1, n // 30), mode="nearest")  # running mean
             ax.plot(at[some] / unit, y[some], **look | {"marker": ""})
@@ -344,67 +334,52 @@ def loss(paths: Paths, out: Out = "plots/loss.png", x: Cost = "tokens") -> None:
     finish(fig, out, f"MLM loss against pretraining {COSTS[x][0]}", [how], handles)
 
 
-def paired_values(sweeps: list[Path]) -> tuple[dict, dict]:
-    """{sweep: a row of it}, and {(sweep, preset, variant): {metric: {seed: value}}}, of each sweep
-    at the largest budget that has variants; loss in nats, the rest in %."""
-    first, values = {}, defaultdict(lambda: defaultdict(dict))
+def ablation(paths: Paths, out: Out = "plots/ablation.png") -> None:
+    """What each variant of a sweep does to held-out loss, against its preset as it is: the mean
+    difference over the seeds that both have, with its 95 % confidence interval. Each sweep, at its
+    largest budget that has variants, has a panel."""
+    _, sweeps = find(paths)
+    records.make_folder(Path(out).parent)
+    first, losses = {}, defaultdict(dict)  # sweep: a row; (sweep, preset, variant): {seed: loss}
     for path in sweeps:
-        rows = read_sweep(path)
+        rows = [r for r in read_sweep(path) if r["metric"] == "loss"]
         budget = max((r["budget"] for r in rows if r["variant"]), default=None)
         for r in [r for r in rows if r["budget"] == budget]:
             first.setdefault(path.parent, r)
-            value = r["value"] * (1 if r["metric"] == "loss" else 100)
-            values[path.parent, r["preset"], r["variant"]][r["metric"]][r["seed"]] = value
-    return first, values
-
-
-def ablation(paths: Paths, out: Out = "plots/ablation.png") -> None:
-    """What each variant of a sweep changes, against its preset as it is: the mean difference over
-    the seeds that both have, with its 95 % confidence interval. Each sweep has its own panels."""
-    _, sweeps = find(paths)
-    records.make_folder(Path(out).parent)
-    first, values = paired_values(sweeps)
+            losses[path.parent, r["preset"], r["variant"]][r["seed"]] = r["value"]
     if not first:
         raise SystemExit(f"error: no variant in {listed(paths)}; give sweeps run with --vary")
-    presets = list(dict.fromkeys(preset for _, preset, _ in values))
-    variants = list(dict.fromkeys(variant for *_, variant in values if variant))
-    panels, kinds = {}, [row["equal"] for row in first.values()]  # (sweep, label): metrics
-    for sweep, kind in zip(first, kinds):
-        where = f"at equal {kind}" + f", {sweep.name}" * (kinds.count(kind) > 1)
-        panels[sweep, f"held-out loss (nats) — left is better\n{where}"] = ["loss"]
-        metrics = {m for key, own in values.items() if key[0] == sweep for m in own}
-        if tasks := sorted(metrics - {"loss", "accuracy"}):
-            name = tasks[0] if len(tasks) == 1 else f"mean of {len(tasks)} tasks"
-            panels[sweep, f"{name} (points) — right is better\n{where}"] = tasks
-    looks, counts = styles({preset: preset.split("-")[0] for preset in presets}), []
-    size = 3.2 + 2.7 * len(panels), max(3.4, 1.8 + (0.2 + 0.16 * len(presets)) * len(variants))
-    fig, axes = plt.subplots(1, len(panels), sharey=True, squeeze=False, figsize=size)
-    for ax, ((sweep, label), metrics) in zip(axes[0], panels.items()):
+    presets = list(dict.fromkeys(preset for _, preset, _ in losses))
+    variants = list(dict.fromkeys(variant for *_, variant in losses if variant))
+    looks, counts = styles({preset: preset.split("-")[0] for preset in presets}), set()
+    n, kinds = len(variants), [row["equal"] for row in first.values()]
+    size = 3.2 + 2.7 * len(first), max(3.4, 1.8 + (0.2 + 0.16 * len(presets)) * n)
+    fig, axes = plt.subplots(1, len(first), sharey=True, squeeze=False, figsize=size)
+    for ax, sweep, kind in zip(axes[0], first, kinds):
         for (i, preset), (j, name) in itertools.product(enumerate(presets), enumerate(variants)):
-            own, base = values[sweep, preset, name], values[sweep, preset, ""]
-            seeds = sorted(set.intersection(*[{*own[m]} & {*base[m]} for m in metrics]))
-            x, y = [[np.mean([v[m][s] for m in metrics]) for s in seeds] for v in (own, base)]
+            own, base = losses[sweep, preset, name], losses[sweep, preset, ""]
             at = j + 0.6 * (i - (len(presets) - 1) / 2) / len(presets)
-            if not seeds:
-                why = "no seed in common" if any(own.values()) else "not run"
+            if not (seeds := own.keys() & base.keys()):
+                why = "no seed in common" if own else "not run"
                 ax.text(0.99, at, why, ha="right", va="center", fontsize=7, color="0.5",
                         transform=ax.get_yaxis_transform())
                 continue
-            counts.append(len(seeds))
+            counts.add(len(seeds))
+            x, y = [[of[seed] for seed in seeds] for of in (own, base)]
             p, low, high = records.paired_test(x, y)
             ax.errorbar(np.mean(x) - np.mean(y), at, xerr=(high - low) / 2, elinewidth=1.2,
                         capsize=3, ms=6, mfc=looks[preset]["color"] if p < 0.05 else "white",
                         **looks[preset] | {"ls": ""})
         ax.axvline(0, color="0.3", lw=1, zorder=1)
         ax.xaxis.set_major_locator(MaxNLocator(5))
-        ax.set_xlabel(label)
+        where = f"at equal {kind}" + f", {sweep.name}" * (kinds.count(kind) > 1)
+        ax.set_xlabel(f"held-out loss (nats) — left is better\n{where}")
         ax.grid(axis="y", visible=False)
-    n = len(variants)
     axes[0, 0].set(yticks=range(n), yticklabels=variants, ylim=(n - 0.5, -0.5))
     budgets = dict.fromkeys(f"{row['budget']:,.9g} {records.BUDGETS[row['equal']]}"
                             for row in first.values())
     devices = sorted({records.hardware(row) for row in first.values()})
-    lines = [f"variant − preset as it is, paired by seed, n = {extent(counts or [0])} · "
+    lines = [f"variant − preset as it is, paired by seed, n = {listed(sorted(counts)) or 0} · "
              f"{listed([*budgets])} · on {listed(devices)}",
              "bars: 95 % confidence interval, each alone · filled: 0 is outside · no bar: one seed"]
     handles = [plt.Line2D([], [], label=k, **look | {"ls": ""}) for k, look in looks.items()]

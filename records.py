@@ -18,7 +18,7 @@ try:
 except ImportError:  # Windows: lock() only opens the file
     fcntl = None
 
-BUDGETS = {  # what --equal of sweep.run makes its budgets be
+BUDGETS = {  # what a sweep's budgets are, by what is equal in it
     "tokens": "tokens",
     "time": "tokens of the first preset, and its time for the others",
 }
@@ -225,6 +225,12 @@ def read_runs(folders: list[Path]) -> list[Run]:
         most = max(damaged, key=damaged.get)
         note(f"skipped {skipped} damaged or unfinished line(s), most of them in {most}")
     return runs
+
+
+def read_blimp(run: Path) -> dict[int, dict]:
+    """{step: its record of most pairs} of what studies.blimp found for a run's checkpoints."""
+    found = sorted(read_jsonl(run / "blimp.jsonl")[0], key=lambda r: r["n_pairs"])
+    return {r["step"]: r for r in found}
 
 
 def read_sweep(path: Path) -> list[dict]:

@@ -122,53 +122,50 @@ def evaluate(model: MaskedLM, tokenizer: Tokenizer, texts: list[np.ndarray],
 def draw(records: list[dict], path: Path) -> None:
     """Left: loss against the window's length, a line a run. Right: how much lower the loss at each
     position in a window is than that of the same tokens in the shortest windows."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8))
     looks = plots.styles({record["run"]: record["family"] or "" for record in records})
     lengths, handles = [row["length"] for row in records[0]["lengths"]], []
     dashes = dict(zip(lengths[1:], cycle([":", "--", "-", "-."])))
     for record in records:
         look = looks[record["run"]] | {"ls": "-", "ms": 4}
-        handles += left.plot(lengths, [row["loss"] for row in record["lengths"]],
-                             label=record["run"], **look)
+        handles += axes[0].plot(lengths, [row["loss"] for row in record["lengths"]],
+                                label=record["run"], **look)
         for row in record["lengths"][1:]:
             place = [(b["from"] * b["to"]) ** 0.5 for b in row["by_position"]]
             gains = [b["gain"] for b in row["by_position"]]
-            right.plot(place, gains, **look | {"ls": dashes[row["length"]]})
-        for ax in (left, right):
-            ax.axvline(record["seq_len"] or 0, color="0.7", lw=1, zorder=0)
+            axes[1].plot(place, gains, **look | {"ls": dashes[row["length"]]})
     handles += [plt.Line2D([], [], color="0.3", ls=ls, label=f"windows of {n:,}")
                 for n, ls in dashes.items()]
-    right.axhline(0, color="0.3", lw=0.8, zorder=0)
-    left.set(xlabel="window (tokens)", ylabel="MLM loss (nats)")
-    right.set(xlabel="position in the window", ylabel=f"gain over windows of {lengths[0]:,} (nats)")
-    for ax in (left, right):
-        ax.set_xscale("log")
+    gain = f"gain over windows of {lengths[0]:,} (nats)"
+    for ax, x, y in zip(axes, ("window (tokens)", "position in the window"),
+                        ("MLM loss (nats)", gain)):
+        ax.set(xlabel=x, ylabel=y, xscale="log")
         ax.set_xticks(lengths, [f"{n:,}" for n in lengths])
         ax.minorticks_off()
+        for record in records:
+            ax.axvline(record["seq_len"] or 0, color="0.7", lw=1, zorder=0)
     lines = ["the same masked tokens at each length · grey line: length trained at"]
     plots.finish(figure, str(path), "More context than in training", lines, handles)
 
 
-def describe(run: str, cfg: Config, texts: list[np.ndarray], tokenizer: Tokenizer) -> dict:
-    """What a run's record says besides the losses. ValueError (one line) where the run does not fit
+def load(run: str, cfg: Config, tokenizer: Tokenizer) -> tuple[MaskedLM, dict]:
+    """A run's model, and what its record says of it. ValueError (one line) where it does not fit
     the data or the lengths."""
     checkpoint, of = find_folder(run), {}
-    shape = MaskedLM.from_pretrained(checkpoint).cfg
+    model = MaskedLM.from_pretrained(checkpoint).eval()
     if not tokenizer.same_as(Tokenizer.load(checkpoint)):
         raise ValueError(f"{cfg.data} has another vocabulary than {run}; prepare it with "
                          f"--tokenizer {checkpoint}")
-    if shape.position == "learned" and max(cfg.lengths) > shape.max_positions:
-        raise ValueError(f"{run} has {shape.max_positions} learned positions; give --lengths up to "
-                         "that")
+    if model.cfg.position == "learned" and max(cfg.lengths) > model.cfg.max_positions:
+        raise ValueError(f"{run} has {model.cfg.max_positions} learned positions; give --lengths "
+                         "up to that")
     if checkpoint.parent.name == "ckpt":  # else seq_len and step are None: no run of ours
         of = read_json(checkpoint.parents[1] / "config.json")["train"]
         of = {"seq_len": of["seq_len"]} | read_json(checkpoint / "progress.json")
-    return {"type": "long_context", "run": of.get("run", Path(run).resolve().name),
-            "family": of.get("family"), "position": shape.position, "seq_len": of.get("seq_len"),
-            "step": of.get("step"), "pretrain_tokens": of.get("tokens"), "data": cfg.data,
-            "split": cfg.split, "join": cfg.join, "documents": len(texts),
-            "masked": len(texts) * round(0.15 * len(texts[0])), "revision": git_revision(),
-            "command": shlex.join(["python", "-m", "studies.long_context", *sys.argv[1:]])}
+    return model, {"type": "long_context", "run": of.get("run", Path(run).resolve().name),
+                   "family": of.get("family"), "position": model.cfg.position,
+                   "seq_len": of.get("seq_len"), "step": of.get("step"),
+                   "pretrain_tokens": of.get("tokens")}
 
 
 def measure_runs(cfg: Config) -> None:
@@ -176,24 +173,25 @@ def measure_runs(cfg: Config) -> None:
     not fit, before anything is measured."""
     if not cfg.runs or not cfg.lengths or min(cfg.lengths) < 3 or max(cfg.lengths) < 6:
         raise ValueError("give a run, and --lengths of 3 or more, the longest 6 or more")
-    corpus = Corpus(cfg.data, cfg.split)
-    tokenizer = Tokenizer.load(corpus.folder)
+    corpus, out, device = Corpus(cfg.data, cfg.split), Path(cfg.out), pick_device(cfg.device)
+    tokenizer, dtype = Tokenizer.load(corpus.folder), pick_dtype("auto", device)
     texts, n = long_documents(corpus, max(cfg.lengths) - 2, max(cfg.documents, 1), cfg.join)
     print(f"{cfg.data}: {n:,} texts of {len(texts[0]):,} tokens or more, {len(texts):,} taken")
-    records = [describe(run, cfg, texts, tokenizer) for run in cfg.runs]
+    models, records = zip(*[load(run, cfg, tokenizer) for run in cfg.runs])
     if len({record["run"] for record in records}) < len(records):
         raise ValueError("two of these are of one run, so their files would have one name")
-    out, device = Path(cfg.out), pick_device(cfg.device)
-    dtype = pick_dtype("auto", device)
     make_folder(out)
-    for run, record in zip(cfg.runs, records):
-        model = MaskedLM.from_pretrained(find_folder(run)).to(device).eval()
-        record |= {"device": device_name(device), "dtype": str(dtype).removeprefix("torch."),
-                   "lengths": evaluate(model, tokenizer, texts, cfg.lengths, dtype)}
+    about = {"documents": len(texts), "masked": len(texts) * round(0.15 * len(texts[0])),
+             "revision": git_revision(), "device": device_name(device),
+             "dtype": str(dtype).removeprefix("torch."),
+             "command": shlex.join(["python", "-m", "studies.long_context", *sys.argv[1:]])}
+    for model, record in zip(models, records):
+        lengths = evaluate(model.to(device), tokenizer, texts, cfg.lengths, dtype)
+        record |= about | {"lengths": lengths}
         path = out / f"long-context-{record['run']}.json"
         write_atomically(path, to_json(record))
         print(f"\n{path}: trained at {record['seq_len']}\nwindow    loss   accuracy   gain")
-        for row in record["lengths"]:
+        for row in lengths:
             print(f"{row['length']:6,}  {row['loss']:.4f}   {row['accuracy']:8.1%}   "
                   f"{row['gain']:+.4f} ± {row['gain_stderr'] or math.nan:.4f}")
     draw(records, path.with_suffix(".png") if len(records) == 1 else out / "long-context.png")
