@@ -42,16 +42,15 @@ def table(head: list[str], rows: list[list]) -> list[str]:
     return ["", *[f"| {' | '.join(map(str, row))} |" for row in rows], ""]
 
 
-def leaderboard(records: list[dict], failed: dict[str, str], title: str, command: str) -> str:
+def leaderboard(rows: list[dict], failed: dict[str, str], title: str, command: str) -> str:
     """The report, from the rows of records.jsonl, one of a run at least, and {job: its error}."""
-    rows = [r for r in records if r["type"] == "sweep"]
     values = defaultdict(lambda: defaultdict(dict))  # metric -> (budget, name) -> {seed: value}
     runs = defaultdict(dict)  # (budget, name) -> {seed: a row}
     for r in rows:
         key = r["budget"], name_of(r)
         values[r["metric"]][key][r["seed"]] = r["value"] * (1 if r["metric"] == "loss" else 100)
         runs[key][r["seed"]] = r
-    tasks = [metric for metric in values if metric not in ("loss", "accuracy")]
+    tasks = [metric for metric in values if metric not in ("loss", "accuracy", "blimp")]
     score = defaultdict(dict)  # mean over the tasks, of the runs that have them all
     for key, seed in [(key, seed) for key, seeds in runs.items() for seed in seeds]:
         if tasks and all(seed in values[task][key] for task in tasks):
@@ -59,6 +58,7 @@ def leaderboard(records: list[dict], failed: dict[str, str], title: str, command
     name = f"mean of {len(tasks)} tasks (%)" if len(tasks) > 1 else f"{''.join(tasks)} (%)"
     metrics = [(name, score, False, 2)] * bool(score)
     metrics += [("held-out loss (nats)", values["loss"], True, 4)]
+    metrics += [("BLiMP (%)", values["blimp"], False, 1)] * bool(values["blimp"])
     on, revisions = {hardware(r) for r in rows}, {str(r["revision"]) for r in rows}
     text = [f"# {title}", "", f"`{command}`", "", "Mean ± standard error over pretraining seeds; "
             "costs of pretraining, with what a branch owes to its stem. On "
@@ -97,10 +97,6 @@ def leaderboard(records: list[dict], failed: dict[str, str], title: str, command
         text += ["## Does A beat B?", "", "A − B ± standard error; p of a paired t-test, not "
                  f"corrected for the number of comparisons, {len(tests)}."]
         text += table(["A", "B", "budget", "metric", "A − B", "n", "p", "A is"], tests)
-    if speeds := [[r["name"], ", ".join(f"{s:,.0f}" for s in r["tok_per_s"]), f"{r['ratio']:.3f}"]
-                  for r in records if r["type"] == "speed"]:
-        text += ["## Speeds, measured in turns before the sweep"]
-        text += table(["what", "tokens/s, each round", "against the first"], speeds)
     if failed:
         text += [f"## Failed: {len(failed)}", "", *[f"- {j}: {e}" for j, e in failed.items()], ""]
     return "\n".join(text)

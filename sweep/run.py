@@ -2,8 +2,9 @@
 
     python -m sweep.run mosaic-tiny bert-tiny --name shapes --data data/docstrings \\
         --budgets 2e6 4e6 8e6 --flags="--seq_len 32" --finetune="--task RTE,CoLA --seeds 1,2"
-    python -m sweep.run mosaic-tiny --name optimizer --data data/docstrings --budgets 4e6 \\
-        --equal time --vary adamw:optimizer=adamw,lr=2e-3 nobias:model.bias=False  # an ablation
+    python -m sweep.run mosaic-tiny --name change --data data/docstrings --budgets 4e6 \\
+        --vary adamw:optimizer=adamw,lr=2e-3 nobias:model.bias=False  # an ablation, equal tokens
+    python -m sweep.run ... --name change-time --speeds_of results/change  # and at equal time
     python -m sweep.run ... --workers 8       # at a time, each on a GPU of its own where there are
 
 One stem is trained for each preset, variant and seed, as long as the largest budget (--schedule
@@ -20,7 +21,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,14 +32,15 @@ from fractions import Fraction
 from itertools import product
 from pathlib import Path
 from statistics import mean, median
-from typing import IO, Annotated, Literal
+from typing import IO, Annotated
 
 import tyro
 
 import recipes
-from machine import hardware_name, pick_device, read_command_line
+import records
+from machine import read_command_line
 from records import BadInput, make_folder, read_jsonl, to_json, write_atomically
-from sweep.leaderboard import leaderboard, short
+from sweep.leaderboard import leaderboard, name_of, short
 
 ROOT = Path(__file__).parents[1]
 OURS = {"data", "out", "name", "seed", "max_steps", "max_tokens", "max_minutes", "cooldown_from",
@@ -56,19 +57,18 @@ class Config:
     data: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()  # as pretrain.py's
     seeds: tuple[int, ...] = (1, 2, 3)  # of pretraining: batches, masks and initial weights
     budgets: tuple[float, ...] = (2e6, 4e6, 8e6)  # tokens of a run
-    # time: as many tokens as a run gets through while the first preset sees the budget, by speeds
-    # measured in turns before the sweep starts
-    equal: Literal["tokens", "time"] = "tokens"
+    # folder of a sweep's results: at equal time, each variant gets the tokens that it gets through
+    # while the first preset sees the budget, by its speed there; without it, at equal tokens
+    speeds_of: str = ""
     vary: tuple[str, ...] = ()  # variants of every preset: NAME:flag=value,flag=value
     flags: str = ""  # of every pretrain.py, in quotes
     # flags of a finetune_glue.py for every run, in quotes; none: held-out loss only. Several run
     # one after the other: --finetune="--task SST-2 --epochs 1" --finetune="--task CoLA,RTE"
     finetune: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     workers: int = 1  # jobs at a time
-    timing_steps: int = 30  # of each measurement of speed for --equal time
     out: str = "runs"
     results: str = "results"
-    dry_run: bool = False  # print the jobs, after measuring speeds if --equal time, and stop
+    dry_run: bool = False  # print the jobs and stop
 
 
 @dataclass
@@ -145,17 +145,35 @@ def make_variants(cfg: Config) -> list[Variant]:
     return variants
 
 
+def measured_ratios(cfg: Config, variants: list[Variant]) -> dict[str, float]:
+    """{variant: its tokens a second over those of the first preset} in the sweep of --speeds_of,
+    {} without one: medians over the runs of one seed and budget, trained one after the other."""
+    speeds, ratios = defaultdict(dict), {}
+    if not cfg.speeds_of:
+        return ratios
+    for r in records.read_sweep(Path(cfg.speeds_of, "records.jsonl")):
+        speeds[name_of(r)][r["seed"], r["budget"]] = r["tokens"] / r["train_seconds"]
+    for name in [v.name for v in variants]:
+        own, first = speeds[name], speeds[variants[0].name]
+        if not (both := own.keys() & first.keys()):
+            raise SystemExit(f"error: --speeds_of {cfg.speeds_of}: no run of {name} with a seed "
+                             f"and budget of {variants[0].name}")
+        ratios[name] = median(own[run] / first[run] for run in both)
+    return ratios
+
+
 def tokens_of_budgets(cfg: Config, variants: list[Variant],
                       ratios: dict[str, float]) -> dict[str, dict[float, int]]:
-    """{variant: {budget: tokens}}; with equal time their number follows the `ratios` of speeds.
-    Budgets are whole multiples of a unit, and the unit is rounded to whole steps on both sides of
-    the branching point, so that each branches off a checkpoint exactly; with equal tokens, to the
-    same number for all. SystemExit (one line) where that would change a budget by more than 5 %."""
+    """{variant: {budget: tokens}}; at equal time their number follows the `ratios` of speeds, which
+    are empty at equal tokens. Budgets are whole multiples of a unit, and the unit is rounded to
+    whole steps on both sides of the branching point, so that each branches off a checkpoint
+    exactly; at equal tokens, to the same number for all. SystemExit (one line) where that would
+    change a budget by more than 5 %."""
     if any(b != int(b) or b < 1 for b in cfg.budgets) or len(set(cfg.budgets)) < len(cfg.budgets):
         raise SystemExit("error: --budgets: give different whole numbers, as in 2e6 4e6 8e6")
     unit, tokens = math.gcd(*map(int, cfg.budgets)), {}
     grains = {v.name: v.cfg.batch_tokens * v.stem.denominator for v in variants}
-    if cfg.equal == "tokens":
+    if not ratios:
         grains = dict.fromkeys(grains, math.lcm(*grains.values()))
     for v in variants:
         if min(cfg.budgets) * v.stem < v.cfg.warmup * max(cfg.budgets) * (v.stem < 1):
@@ -171,11 +189,6 @@ def tokens_of_budgets(cfg: Config, variants: list[Variant],
     return tokens
 
 
-def pretrain(v: Variant, run: Path) -> list[str]:
-    command = [sys.executable, str(ROOT / "pretrain.py"), v.preset]
-    return [*command, "--out", str(run.parent), "--name", run.name]
-
-
 def make_jobs(cfg: Config, variants: list[Variant],
               tokens: dict[str, dict[float, int]]) -> list[Job]:
     """The jobs in the order to run them, seed by seed; a stem before its branches, a model before
@@ -187,7 +200,8 @@ def make_jobs(cfg: Config, variants: list[Variant],
             size, branching = sizes[budget], int(sizes[budget] * v.stem)  # tokens
             name = f"{v.name}-s{seed}-{short(budget)}"
             run = Path(cfg.out, cfg.name, name)
-            command = pretrain(v, run)
+            command = [sys.executable, str(ROOT / "pretrain.py"), v.preset]
+            command += ["--out", str(run.parent), "--name", name]
             if stem:
                 step = branching // v.cfg.batch_tokens
                 command += ["--cooldown_from", str(stem.run / "ckpt" / f"step_{step:08d}")]
@@ -220,7 +234,7 @@ def progress(run: Path) -> dict:
     return saved(max(run.glob("ckpt/step_????????/progress.json"), default=run / "none"))
 
 
-def start(command: list[str], output: Path, lock: IO, worker: int = 0) -> subprocess.Popen:
+def start(command: list[str], output: Path, lock: IO, worker: int) -> subprocess.Popen:
     """Starts a script on the GPU of its worker, if there are GPUs, its output into a file. While it
     runs it holds the sweep's lock, whatever becomes of this process."""
     env = dict(os.environ)
@@ -232,46 +246,6 @@ def start(command: list[str], output: Path, lock: IO, worker: int = 0) -> subpro
         env["CUDA_VISIBLE_DEVICES"] = gpus.split(",")[worker % len(gpus.split(","))]
     with open(output, "wb") as f:
         return subprocess.Popen(command, stdout=f, stderr=f, env=env, pass_fds=(lock.fileno(),))
-
-
-def error_of(process: subprocess.Popen, output: Path) -> str:
-    """Why a script failed: its last line, or its exit code; "" if it did not."""
-    if not (code := process.wait()):
-        return ""
-    said = output.read_text(errors="replace").strip() or f"exit code {code}"
-    return said.splitlines()[-1][:300]
-
-
-def measure_speeds(cfg: Config, variants: list[Variant], state: Path, lock: IO) -> dict[str, dict]:
-    """{variant: tok_per_s of each of five rounds, ratio to the first one's}. Those not timed before
-    run a few steps, in turns with the first. They mask the mean share of a run: a falling one would
-    fall faster here, each step a shape of its own. SystemExit (one line) for one that fails."""
-    path, first, turns = state / "speed.json", variants[0].name, defaultdict(list)
-    here = [hardware_name(pick_device("auto")), cfg.timing_steps, first, *cfg.data]
-    timed = {v.name: json.loads(json.dumps([*here, asdict(v.cfg)])) for v in variants}
-    known = saved(path)
-    new = [v for v in variants if known.get(v.name, {}).get("timed") != timed[v.name]]
-    few = ["--max_steps", str(cfg.timing_steps), "--pppl_tokens", "0", "--checkpoint_every", "0.99",
-           "--log_every", str(max(1, cfg.timing_steps // 6)), "--eval_every", "0.99"]
-    for i, v in product(range(5), [v for v in variants if v in new or (new and v.name == first)]):
-        print(f"timing {v.name}, round {i + 1} of 5", flush=True)
-        run, output = state / "timing" / f"{v.name}-{i}", state / f"timing-{v.name}.log"
-        shutil.rmtree(run, ignore_errors=True)
-        command = [*pretrain(v, run), *v.flags, *few, "--eval_tokens", str(v.cfg.seq_len)]
-        command += ["--masking", f"constant:{recipes.mean_masking_rate(v.cfg.masking):.4f}"]
-        command += [word for folder in cfg.data for word in ("--data", folder)]
-        error = error_of(start(command, output, lock), output)
-        log, _ = read_jsonl(run / "log.jsonl")
-        speeds = [r["tok_per_s"] for r in log if r["type"] == "train"][1:]  # the first: start-up
-        if error or not speeds:
-            raise SystemExit(f"error: timing {v.name}: {error or 'too few --timing_steps'}")
-        turns[v.name].append(median(speeds))
-    shutil.rmtree(state / "timing", ignore_errors=True)
-    for name, speeds in turns.items():
-        ratio = median(a / b for a, b in zip(speeds, turns[first]))
-        known[name] = {"tok_per_s": speeds, "ratio": ratio, "timed": timed[name]}
-    write_atomically(path, to_json(known))
-    return {v.name: known[v.name] for v in variants}
 
 
 def work(jobs: list[Job], state: Path, lock: IO, workers: int) -> dict[str, str]:
@@ -294,13 +268,15 @@ def work(jobs: list[Job], state: Path, lock: IO, workers: int) -> dict[str, str]
                 if process.poll() is None:
                     continue
                 del running[worker]
-                error, n = error_of(process, state / f"{job.name}.log"), n + 1
-                if error := error or "stopped early" * (not progress(job.run).get("finished")):
-                    failed[job.name] = error
-                else:
+                n, said = n + 1, f"{time.time() - began:,.0f} s"
+                if not process.returncode and progress(job.run).get("finished"):
                     mark = to_json({"finished": job.key()})
                     write_atomically(state / f"{job.name}.json", mark)
-                said = error or f"{time.time() - began:,.0f} s"
+                else:  # its last line says why
+                    code = f"exit code {process.returncode}" if process.returncode else ""
+                    output = (state / f"{job.name}.log").read_text(errors="replace").strip()
+                    said = output.splitlines()[-1][:300] if code and output else code
+                    said = failed[job.name] = said or "stopped early"
                 print(f"{n}/{len(jobs)} {job.name}: {said}", flush=True)
             time.sleep(0.1)
     finally:  # pretrain.py saves a checkpoint and leaves
@@ -313,8 +289,8 @@ def work(jobs: list[Job], state: Path, lock: IO, workers: int) -> dict[str, str]
 
 def collect(cfg: Config, jobs: list[Job]) -> list[dict]:
     """A row for each finished run and metric. value: loss in nats per masked token of held-out
-    text; accuracy and the tasks fine-tuned as asked for now, as shares of 1, the mean of `values`,
-    one for each fine-tuning seed."""
+    text; accuracy, blimp where studies.blimp has scored the run, and the tasks fine-tuned as asked
+    for now, as shares of 1, the mean of `values`, one for each fine-tuning seed."""
     rows = []
     asked = {shlex.join(["finetune_glue.py", *job.command[2:]]) for job in jobs if not job.tokens}
     for job in [job for job in jobs if job.tokens]:
@@ -324,11 +300,14 @@ def collect(cfg: Config, jobs: list[Job]) -> list[dict]:
         if not (end.get("finished") and header and held_out):
             continue
         row = {"type": "sweep", "run": job.name, "preset": job.variant.preset, "seed": job.seed,
-               "variant": job.variant.change, "budget": job.budget, "equal": cfg.equal}
+               "variant": job.variant.change, "budget": job.budget,
+               "equal": "time" if cfg.speeds_of else "tokens"}
         row |= {k: end[k] for k in ("step", "tokens", "train_seconds", "gpu_seconds", "dollars")}
         about = "family", "device", "world_size", "n_params", "revision", "command"
         row |= {k: header.get(k) for k in about}
         rows += [row | {"metric": m, "value": held_out[-1][m]} for m in ("loss", "accuracy")]
+        if grammar := records.read_blimp(job.run).get(end["step"]):
+            rows.append(row | {"metric": "blimp", "value": grammar["score"]})
         for path in sorted(job.run.glob("glue/*.jsonl")):
             found = [r for r in read_jsonl(path)[0]
                      if r["step"] == end["step"] and r.get("command") in asked]
@@ -341,15 +320,16 @@ def collect(cfg: Config, jobs: list[Job]) -> list[dict]:
     return rows
 
 
-def check_sweep(cfg: Config, variants: list[Variant], state: Path, results: Path) -> None:
+def check_sweep(cfg: Config, tokens: dict, state: Path, results: Path) -> None:
     """Refuse what would mix two sweeps under one name. SystemExit (one line)."""
     metas = [Path(re.sub(r":[\d.]+$", "", folder), "meta.json") for folder in cfg.data]
-    now = {"--data": cfg.data, "--budgets": cfg.budgets, "--equal": cfg.equal, "--flags": cfg.flags,
+    now = {"--data": cfg.data, "--budgets": cfg.budgets, "--flags": cfg.flags,
+           "--equal": "time" if cfg.speeds_of else "tokens",
            "corpus": [zlib.crc32(path.read_bytes()) for path in metas if path.is_file()]}
-    if cfg.equal == "time":
+    if cfg.speeds_of:
         now["first preset"] = cfg.presets[0]
-    else:  # the same for all: whole steps of each; what cannot be is refused here
-        now["tokens"] = [*tokens_of_budgets(cfg, variants, {})[variants[0].name].values()]
+    else:  # the same for all
+        now["tokens"] = [*next(iter(tokens.values())).values()]
     now, old = json.loads(json.dumps(now)), saved(state / "sweep.json")
     if differ := "; ".join(f"{k} {v} -> {now.get(k)}" for k, v in old.items() if now.get(k) != v):
         raise SystemExit(f"error: {state.parent} holds a sweep with {differ}; give this one "
@@ -367,16 +347,15 @@ def sweep(cfg: Config) -> int:
     if not cfg.name.strip(".") or Path(cfg.name).name != cfg.name:
         raise SystemExit(f"error: --name {cfg.name!r}: give the name of a folder, without a path")
     variants, results = make_variants(cfg), Path(cfg.results, cfg.name)
+    tokens = tokens_of_budgets(cfg, variants, measured_ratios(cfg, variants))
     state = Path(cfg.out, cfg.name, ".jobs")
     if cfg.workers > 1:  # else each would take all cores
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // cfg.workers)))
     make_folder(state)
     lock = open(state / "lock", "a")  # noqa: SIM115 (open as long as this process lives)
     fcntl.flock(lock, fcntl.LOCK_EX)  # waits for the scripts of a sweep that was killed
-    check_sweep(cfg, variants, state, results)
-    speeds = measure_speeds(cfg, variants, state, lock) if cfg.equal == "time" else {}
-    ratios = {name: speed["ratio"] for name, speed in speeds.items()}
-    jobs = make_jobs(cfg, variants, tokens_of_budgets(cfg, variants, ratios))
+    check_sweep(cfg, tokens, state, results)
+    jobs = make_jobs(cfg, variants, tokens)
     left = [job for job in jobs if not job.is_finished(state)]
     print(f"{len(left)} of {len(jobs)} jobs to do", flush=True)
     if cfg.dry_run:
@@ -384,8 +363,6 @@ def sweep(cfg: Config) -> int:
         return 0
     failed = work(jobs, state, lock, max(cfg.workers, 1))
     if rows := collect(cfg, jobs):
-        rows += [{"type": "speed", "name": name, "tok_per_s": speed["tok_per_s"],
-                  "ratio": speed["ratio"]} for name, speed in speeds.items()]
         lines = "".join(json.dumps(r) + "\n" for r in rows)
         write_atomically(results / "records.jsonl", lines.encode())
         command = shlex.join(["python", "-m", "sweep.run", *sys.argv[1:]])
