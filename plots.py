@@ -5,8 +5,8 @@
     python plots.py pareto results/shapes --metric loss     # a sweep's records; held-out loss
     python plots.py loss runs/*                # MLM loss against tokens, training and held-out
     python plots.py ablation results/ablation-tokens results/ablation-time   # a sweep's variants
-Each writes plots/<figure>.png, or --out, in seconds; 1,000 runs of 10,000 log lines take under
-20 s. A run may still be training. All settings of a figure: python plots.py <figure> --help
+Each writes plots/<figure>.png, or --out, in seconds; 100 runs of 10,000 log lines take under 20 s.
+A run may still be training. All settings of a figure: python plots.py <figure> --help
 """
 
 import io
@@ -322,12 +322,12 @@ def loss(paths: Paths, out: Out = "plots/loss.png", x: Cost = "tokens") -> None:
     for run in runs:
         look = looks[names[run.path]] | {"ms": 5}
         ax.plot(run.eval[key] / unit, run.eval["loss"], **look | {"ls": ""})
-        if n := np.isfinite(run.train["loss"]).sum():
-            at, y = [run.train[k][np.isfinite(run.train["loss"])] for k in (key, "loss")]
+        if n := len(y := run.train["loss"]):
+            at = run.train[key] / unit
             some = np.linspace(0, n - 1, min(n, 1000)).astype(int)  # a small .svg
-            ax.plot(at[some] / unit, y[some], color=look["color"], lw=0.6, alpha=0.25)
+            ax.plot(at[some], y[some], color=look["color"], lw=0.6, alpha=0.25)
             y = uniform_filter1d(y, max(1, n // 30), mode="nearest")  # running mean
-            ax.plot(at[some] / unit, y[some], **look | {"marker": ""})
+            ax.plot(at[some], y[some], **look | {"marker": ""})
     ax.set_ylabel("MLM loss (nats per masked token)")
     how = "line: training loss, smoothed, at the run's own masking rate · markers: held-out text"
     handles = [plt.Line2D([], [], label=name, ms=5, **look) for name, look in looks.items()]

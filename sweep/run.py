@@ -15,7 +15,6 @@ killed and tries again what failed. Results: results/<name>/leaderboard.md, and 
 plots.py pareto and plots.py ablation. Linux and macOS.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -352,8 +351,7 @@ def sweep(cfg: Config) -> int:
     if cfg.workers > 1:  # else each would take all cores
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // cfg.workers)))
     make_folder(state)
-    lock = open(state / "lock", "a")  # noqa: SIM115 (open as long as this process lives)
-    fcntl.flock(lock, fcntl.LOCK_EX)  # waits for the scripts of a sweep that was killed
+    lock = records.lock(state / "lock", wait=True)  # for the scripts of a sweep that was killed
     check_sweep(cfg, tokens, state, results)
     jobs = make_jobs(cfg, variants, tokens)
     left = [job for job in jobs if not job.is_finished(state)]
