@@ -26,16 +26,10 @@ from corpus.tokenizer import Tokenizer
 from machine import processes
 from model import NOT_IN_THE_WEIGHTS, MaskedLM, find_checkpoints, find_folder, weights_checksum
 from recipes import FREE_TO_CHANGE, PLACES, Branch, EncoderConfig, TrainConfig
-from records import read_json
+from records import lock, read_json
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 # ------------------------------------------------------------------------ what a run begins from
-
-
 @dataclass
 class Start:
     """What a run is and what it begins from."""
@@ -99,8 +93,8 @@ def begun_from(cfg: TrainConfig, old: dict) -> list | None:
 
 def resolve_start(preset: str, cfg: TrainConfig, world_size: int = 1) -> Start:
     """What a run is and what it begins from. cfg.model gets the vocabulary of the data, or the
-    shape of the weights of --start_from. SystemExit or ValueError (one line) for settings that
-    cannot work, a folder with another run, and weights that do not go with the data."""
+    shape of the weights of --start_from. ValueError (one line) for settings that cannot work, a
+    folder with another run, and weights that do not go with the data."""
     recipes.check_config(cfg, world_size)
     run = Path(cfg.out) / (cfg.name or preset)
     folders, shares = recipes.read_mixture(cfg.data)
@@ -138,14 +132,12 @@ def resolve_start(preset: str, cfg: TrainConfig, world_size: int = 1) -> Start:
     settings = asdict(cfg) | {"preset": preset, "began_from": begun_from(cfg, old)}
     settings |= {"corpus": corpus_digests(corpora, old.get("corpus")), "shares": shares}
     settings = json.loads(json.dumps(settings))  # lists for tuples, as in the file
-    differ = [k for k in settings if k not in FREE_TO_CHANGE | PLACES and settings[k] != old.get(k)]
-    differ += [k for k in ("start_from", "cooldown_from") if bool(settings[k]) != bool(old.get(k))]
-    if old and differ:
-        values = {k: (old.get(k), settings[k]) for k in differ if k != "model"}
-        values |= {f"model.{k}": (old["model"].get(k), v) for k, v in settings["model"].items()
-                   if v != old["model"].get(k)}
+    now, before = recipes.flat(settings), recipes.flat(old or settings)
+    differ = [k for k in now if k not in FREE_TO_CHANGE | PLACES and now[k] != before.get(k)]
+    differ += [k for k in ("start_from", "cooldown_from") if bool(now[k]) != bool(before.get(k))]
+    if differ:
         long = "corpus", "shares", "began_from"
-        what = [k if k in long else f"{k} {a} -> {b}" for k, (a, b) in values.items()]
+        what = [k if k in long else f"{k} {before.get(k)} -> {now[k]}" for k in differ]
         raise ValueError(f"{run} holds a run with other settings ({', '.join(what)}); "
                          "give this one another --name")
     checkpoint = own or (Path(cfg.cooldown_from) if cfg.cooldown_from else None)
@@ -161,9 +153,7 @@ def lock_run(start: Start, host: dist.ProcessGroup | None = None) -> IO | None:
     if rank == 0:
         try:
             start.run.mkdir(parents=True, exist_ok=True)
-            file = open(start.run / ".lock", "a")  # noqa: SIM115
-            if fcntl:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file = lock(start.run / ".lock")
             places = [start.run / name for name in (".", "ckpt", "config.json", "log.jsonl")]
             if not all(os.access(p, os.W_OK) for p in places if p.exists()):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -183,8 +173,6 @@ def lock_run(start: Start, host: dist.ProcessGroup | None = None) -> IO | None:
 
 
 # ----------------------------------------------------------------------------- checkpoints
-
-
 @dataclass
 class State:
     """All that training changes: what a checkpoint holds and a resumed run goes on with."""

@@ -22,9 +22,11 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -75,8 +77,6 @@ def wrap(model: MaskedLM, cfg: TrainConfig, device: torch.device, world: int) ->
 
 
 # ----------------------------------------------------------------------------- micro-batches
-
-
 def pin(device: torch.device, *tensors: Tensor) -> list[Tensor]:
     """Tensors of the host, ready for copies to `device` that the host does not wait for."""
     return [t.pin_memory() if device.type == "cuda" else t for t in tensors]
@@ -90,20 +90,16 @@ def build(batches: Batches, m: int, device: torch.device) -> Batch:
     return batch
 
 
-class Ahead:
-    """Micro-batches first, first + step, ...: next() gives (m, batch) as `build` makes it. Each is
-    built in a thread while the one before it is computed."""
-
-    def __init__(self, batches: Batches, first: int, step: int, device: torch.device):
-        self.batches, self.m, self.step, self.device = batches, first, step, device
-        self.pool = ThreadPoolExecutor(1)
-        self.coming = self.pool.submit(build, batches, first, device)
-
-    def next(self) -> tuple[int, Batch]:
-        m, batch = self.m, self.coming.result()
-        self.m += self.step
-        self.coming = self.pool.submit(build, self.batches, self.m, self.device)
-        return m, batch
+def build_ahead(batches: Batches, first: int, step: int, device: torch.device
+                ) -> Iterator[tuple[int, Batch]]:
+    """Micro-batches first, first + step, ..., each built in a thread while the one before it is
+    computed."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(build, batches, first, device)
+        for m in count(first, step):
+            batch = coming.result()
+            coming = pool.submit(build, batches, m + step, device)
+            yield m, batch
 
 
 def model_inputs(ids: Tensor, cu_seqlens: Tensor, masked_idx: Tensor, labels: Tensor, seq_len: int,
@@ -158,8 +154,6 @@ def evaluate(forward, model: MaskedLM, cfg: TrainConfig, batches: Batches, autoc
 
 
 # ----------------------------------------------------------------------------- the loop
-
-
 class StopSignal:
     """SIGTERM or SIGINT: the loop finishes its step, saves and leaves."""
 
@@ -179,20 +173,21 @@ def agree(seconds: float, stop: bool, group: dist.ProcessGroup | None) -> tuple[
     return agreed[0].item(), bool(agreed[1])
 
 
-def due(every: float, step: int, before: float, after: float) -> bool:
-    """Whether what happens every `every` (share of the run, or steps) falls into this step, which
-    took the run from the share `before` to `after`."""
-    if every >= 1:
+def due(every: int | float, step: int, before: float, after: float) -> bool:
+    """Whether what happens every `every` steps, or shares of the run, falls into this step, which
+    took the run from the share `before` to `after`. 1 is each step, 1.0 the whole run."""
+    if isinstance(every, int) or every > 1:  # earlier versions kept steps as 10.0
         return step % int(every) == 0
     return math.floor(after / every + 1e-9) > math.floor(before / every + 1e-9)
 
 
-def compile_now(forward, model: MaskedLM, cfg: TrainConfig, ahead: Ahead, autocast) -> None:
+def compile_now(forward, model: MaskedLM, cfg: TrainConfig, batches: Batches, m: int, autocast
+                ) -> None:
     """A forward and backward for nothing, so that compilation is not counted as training."""
-    device, batch = next(model.parameters()).device, ahead.coming.result()
-    n_masked = count_masked(ahead.batches, ahead.m, recipes.masking_rate(cfg.masking, 0.5))
+    device = next(model.parameters()).device
+    n_masked = count_masked(batches, m, recipes.masking_rate(cfg.masking, 0.5))
     how = n_masked, cfg.corruption, cfg.seed, device
-    inputs = masked_inputs(ahead.batches, ahead.m, batch, *how)
+    inputs = masked_inputs(batches, m, build(batches, m, device), *how)
     with autocast:
         loss, _ = forward(**inputs)
     loss.backward()
@@ -225,10 +220,10 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     state.begin(start, cfg)
     forward = wrap(model, cfg, device, world)
     log, stop = RunLog(preset, cfg, start, state, host), StopSignal()
-    ahead = Ahead(batches, state.micro + rank, world, device)
+    ahead = build_ahead(batches, state.micro + rank, world, device)
     model.train()
     if cfg.compile == "on" or device.type == "cuda":
-        compile_now(forward, model, cfg, ahead, autocast)
+        compile_now(forward, model, cfg, batches, state.micro + rank, autocast)
     clock, progress = Clock(state.train_seconds, device), recipes.share_done(cfg, state)
     while progress < 1.0:
         rate = recipes.masking_rate(cfg.masking, recipes.stem_done(state.branch, progress))
@@ -238,7 +233,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         masked = {m: count_masked(batches, m, rate) for m in numbers}
         n_masked = sum(masked.values())
         for i in range(n_micro // world):
-            m, batch = ahead.next()
+            m, batch = next(ahead)
             torch.manual_seed(cfg.seed * 1_000_003 + m)  # dropout depends on the micro-batch only
             how = masked[m], cfg.corruption, cfg.seed, device
             inputs = masked_inputs(batches, m, batch, *how)
@@ -281,7 +276,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
             log.say(f"stopped at step {state.step:,}; the same command continues")
             break
     log.close()
-    ahead.pool.shutdown(cancel_futures=True)
+    ahead.close()
     if world > 1:
         # freeing the DDP wrapper holds the GIL and joins gloo's threads, which may still need it to
         # let go of the last reduction's tensors: a deadlock (torch 2.13). They get it in here

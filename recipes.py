@@ -6,7 +6,6 @@ mosaic-*, bert-*: the paper's recipe (Portes et al. 2023, arXiv 2312.17482) for 
 and tiny are for CPUs, with a recipe of their own. nano-*: MosaicBERT's with what has won since.
 """
 
-import importlib.util
 import json
 import math
 import re
@@ -18,6 +17,7 @@ from typing import Annotated, Literal
 import tyro
 
 from model import PRESETS, EncoderConfig
+from records import BadInput
 
 
 @dataclass
@@ -58,10 +58,10 @@ class TrainConfig:
     masking: str = "constant:0.3"  # constant:p | linear:p:q | cosine:p:q | step:p:q@share
     corruption: Literal["80/10/10", "mask"] = "80/10/10"  # [MASK]/random/kept, or all [MASK]
 
-    eval_every: float = 0.05  # share of the run (below 1) or steps
+    eval_every: int | float = 0.05  # steps (1, 200) or share of the run (0.05; 1.0: at its end)
     eval_tokens: int = 1_048_576  # of the validation split; always the same, 15 % masked
     pppl_tokens: int = 1_024  # of these, masked one at a time for the pseudo-perplexity; 0: none
-    checkpoint_every: float = 0.1  # share of the run (below 1) or steps; all are kept
+    checkpoint_every: int | float = 0.1  # as eval_every; all are kept
     log_every: int = 10  # steps
     wandb: bool = False  # also log to Weights & Biases (pip install wandb)
 
@@ -78,7 +78,8 @@ FREE_TO_CHANGE = {"out", "eval_every", "checkpoint_every", "log_every", "wandb",
 # where things are, which is free too: what they hold must be the same (see checkpoint.py)
 PLACES = {"name", "out", "data", "start_from", "cooldown_from"}
 # settings of earlier versions, and the only value at which their runs can be continued
-GONE = {"grad_reduce": "float32", "skip_nan": False, "ramp_from": 0, "ramp_tokens": 0}
+GONE = {"grad_reduce": "float32", "skip_nan": False, "ramp_from": 0, "ramp_tokens": 0,
+        "later": None}  # shares of --data that change
 
 PAPER = dict(lr=5e-4, weight_decay=0.02)
 # BERT-large, MosaicBERT-Large: lr 2e-4 and the same decoupled decay, 1e-5 / 2e-4 = 0.05
@@ -110,32 +111,31 @@ def make_presets() -> dict[str, tuple[str, TrainConfig]]:
     return presets
 
 
-def known_settings(settings: dict) -> dict:
-    """Settings of a config.json as this version has them: a new one at its default, which leaves
-    earlier runs what they were. ValueError if the run needs a setting that is gone."""
+def flat(settings: dict) -> dict:
+    """Settings by the names of their flags: model.d_model for {"model": {"d_model": ...}}."""
     settings = dict(settings)
-    gone = {k: settings.pop(k, v) for k, v in GONE.items()}
-    if gone != GONE:
-        raise ValueError(f"made by an earlier version with {gone}, which this one has not")
-    if mixture := settings.pop("mixture", None):
-        if mixture["later"]:
-            raise ValueError("made by an earlier version with shares of --data that change")
-        settings["shares"] = mixture["shares"]
-    defaults = json.loads(json.dumps(asdict(TrainConfig())))  # lists for tuples, as in the file
-    model = asdict(EncoderConfig(**defaults["model"] | settings["model"]))  # renamed values too
-    return defaults | settings | {"model": model}
+    return {f"model.{k}": v for k, v in settings.pop("model").items()} | settings
 
 
 def read_settings(run: Path) -> dict:
-    """Settings of a run folder, as `known_settings`. ValueError naming the file if unreadable."""
+    """Settings of a run folder as this version has them: a new one at its default, which leaves
+    earlier runs what they were. ValueError naming the file if that cannot be."""
     try:
-        return known_settings(json.loads((run / "config.json").read_text())["train"])
+        settings = json.loads((run / "config.json").read_text())["train"]
+        mixture = settings.pop("mixture", None) or {}
+        gone = {k: (settings | mixture).get(k, v) for k, v in GONE.items()}
+        if gone != GONE:
+            raise ValueError(f"made by an earlier version with {gone}, which this one has not")
+        settings["shares"] = mixture.get("shares", settings.get("shares"))
+        defaults = json.loads(json.dumps(asdict(TrainConfig())))  # lists for tuples, as in the file
+        model = asdict(EncoderConfig(**defaults["model"] | settings["model"]))  # renamed values too
+        return defaults | settings | {"model": model}
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{run}/config.json: not the settings of a run ({e!r})") from None
 
 
 def run_config(run: Path) -> tuple[str, TrainConfig]:
-    """Preset and settings a run folder was trained with; ValueError as `read_settings`."""
+    """Preset and settings a run folder was trained with; ValueError as read_settings."""
     known = read_settings(run)
     known |= {k: tuple(known[k]) for k in ("data", "betas")}
     known["model"] = EncoderConfig(**known["model"])
@@ -143,12 +143,14 @@ def run_config(run: Path) -> tuple[str, TrainConfig]:
 
 
 def check_config(cfg: TrainConfig, world_size: int) -> None:
-    """Refuse settings that would fail late or train something else: SystemExit, one line."""
+    """BadInput or ValueError (one line) for settings that would fail late or train something
+    else."""
     lengths = cfg.max_steps, cfg.max_tokens, cfg.max_minutes
     passes = cfg.batch_tokens / max(cfg.micro_tokens * world_size, 1)
     lowest = dict.fromkeys(("eval_every", "checkpoint_every", "log_every", "eval_tokens"), 1e-9)
     lowest |= dict.fromkeys(("seed", "lr", "muon_lr", "grad_clip", "pppl_tokens"), 0)
     low = [f"--{k} {getattr(cfg, k)}" for k, least in lowest.items() if getattr(cfg, k) < least]
+    odd = [every for every in (cfg.eval_every, cfg.checkpoint_every) if every > 1 and every % 1]
     for wrong, why in [
         (cfg.seq_len < 3, f"--seq_len {cfg.seq_len}: [CLS], a token and [SEP] need at least 3"),
         (cfg.model.position == "learned" and cfg.seq_len > cfg.model.max_positions,
@@ -161,20 +163,16 @@ def check_config(cfg: TrainConfig, world_size: int) -> None:
         (min(lengths) < 0 or not any(lengths),
          "give the run a length: --max_steps, --max_tokens or --max_minutes above 0"),
         (low, f"{', '.join(low)}: too low"),
+        (odd, f"every {odd}: give whole steps, or a share of the run up to 1.0"),
         (min(cfg.warmup, cfg.cooldown) < 0 or cfg.cooldown == 1 or cfg.warmup + cfg.cooldown > 1,
          f"--warmup {cfg.warmup} and --cooldown {cfg.cooldown} are shares of one run"),
-        (cfg.cooldown_from and not cfg.cooldown, "--cooldown_from needs a --cooldown above 0"),
         (cfg.cooldown_from and cfg.start_from,
          "--cooldown_from goes on with a run, --start_from begins one; give one of them"),
-        (cfg.wandb and not importlib.util.find_spec("wandb"), "--wandb needs pip install wandb"),
     ]:
         if wrong:
-            raise SystemExit(f"error: {why}")
+            raise BadInput(why)
     masking_rate(cfg.masking, 0.0)
-    try:
-        cfg.model.check()
-    except ValueError as e:
-        raise SystemExit(f"error: {e}") from None
+    cfg.model.check()
 
 
 def read_mixture(data: tuple[str, ...]) -> tuple[list[str], list[float] | None]:
@@ -192,8 +190,6 @@ def read_mixture(data: tuple[str, ...]) -> tuple[list[str], list[float] | None]:
 
 
 # ----------------------------------------------------------------------------- schedules
-
-
 @dataclass
 class Branch:
     """A cool-down that leaves a run (the stem) at one of its checkpoints. Its learning rate falls
@@ -244,7 +240,7 @@ def branch_off(stem: TrainConfig, state, cooldown: float) -> Branch:
 def masking_rate(spec: str, progress: float) -> float:
     """Share of tokens to mask at `progress` (0..1) through the run. Falling rates beat constant
     ones: +0.46 GLUE for linear:0.3:0.15 against constant:0.15 on BERT-base (Ankner et al. 2023,
-    arXiv 2305.15096). SystemExit (one line) if `spec` cannot be read."""
+    arXiv 2305.15096). BadInput if `spec` cannot be read."""
     try:
         kind, _, numbers = spec.partition(":")
         p, *rest = map(float, numbers.replace("@", ":").split(":"))
@@ -257,8 +253,8 @@ def masking_rate(spec: str, progress: float) -> float:
     except (KeyError, ValueError, TypeError):  # no such kind; no number; too many or too few
         p = q = share = math.nan
     if not (0.0 < p < 1.0 and 0.0 < q < 1.0):
-        raise SystemExit(f"error: --masking {spec!r}: write constant:0.3, linear:0.3:0.15, "
-                         "cosine:0.3:0.15 or step:0.3:0.15@0.5, with rates between 0 and 1")
+        raise BadInput(f"--masking {spec!r}: write constant:0.3, linear:0.3:0.15, cosine:0.3:0.15 "
+                       "or step:0.3:0.15@0.5, with rates between 0 and 1")
     return p + (q - p) * min(share, 1.0)
 
 

@@ -21,7 +21,7 @@ from checkpoint import Start, State
 from kernels import attention_backend
 from machine import device_name, git_revision, peak_tflops, pick_dtype, processes
 from model import find_checkpoints, flops_per_token
-from recipes import FREE_TO_CHANGE, PLACES, TrainConfig, make_presets, mean_masking_rate
+from recipes import FREE_TO_CHANGE, PLACES, TrainConfig, flat, make_presets, mean_masking_rate
 from records import to_json, write_atomically
 
 
@@ -100,17 +100,15 @@ class RunLog:
     def banner(self, start: Start, state: State) -> None:
         """What is about to run: settings, attention, data, where it goes on."""
         cfg, branch, batches = self.cfg, state.branch, start.batches
-        preset, corpora = self.identity["preset"], start.batches.corpora
-        now, default = (asdict(c) | {f"model.{k}": v for k, v in asdict(c.model).items()}
-                        for c in (cfg, make_presets()[preset][1]))
-        changed = [f"{k}={v}" for k, v in now.items() if k != "model" and v != default[k]]
+        preset, device = self.identity["preset"], self.identity["device"]
+        now, default = (flat(asdict(c)) for c in (cfg, make_presets()[preset][1]))
+        changed = [f"{k}={v}" for k, v in now.items() if v != default[k]]
         print(f"{preset}: {state.model.n_params():,} parameters, changed: {', '.join(changed)}")
         asked = cfg.model.attention, cfg.model.attention_dropout
         attention, reason = attention_backend(self.device.type, *asked)
         dtype = str(pick_dtype(cfg.dtype, self.device)).removeprefix("torch.")
-        hardware = f"{self.world} × {self.identity['device']}, {dtype}"
-        print(f"attention: {attention} ({reason}); {hardware}")
-        n_documents, n_tokens = sum(map(len, corpora)), sum(c.n_tokens for c in corpora)
+        print(f"attention: {attention} ({reason}); {self.world} × {device}, {dtype}")
+        n_documents, n_tokens = len(batches.lengths), sum(c.n_tokens for c in batches.corpora)
         length = branch.length if branch else cfg.max_tokens or cfg.max_steps * cfg.batch_tokens
         epoch, mixed = batches.epoch_tokens(), start.settings["shares"]
         epochs = "" if cfg.max_minutes or mixed else f"; {length / epoch:.3g} epochs planned"
