@@ -7,8 +7,8 @@ The real pretrain.train() makes two steps, each with an evaluation and a checkpo
 answers as if the chip were there, tensors on it are fake, host work is real, Triton launches are
 counted. Milliseconds are MODELLED: of each launch the longest of its bytes at 90 % of the chip's
 bandwidth, its FLOPs at 70 % of its bf16 peak (GEMMs of these sizes in public tables of H100 and
-H200) and 2 us. Bytes: its arguments, each once. Arithmetic outside GEMMs and attention is free
-here, which flatters dropout and GeGLU; attention counts full windows.
+H200), its instructions through the narrowest of the chip's pipes (Triton kernels, which are
+compiled for it) and 2 us. Bytes: its arguments, each once; attention counts full windows.
 
 Errors: a wait of the host for the GPU other than one a line of the log, evaluation or checkpoint, a
 blocking copy in a step, an operation without a CUDA kernel. Needs g++.
@@ -18,6 +18,8 @@ import ctypes
 import functools
 import io
 import json
+import math
+import re
 import subprocess
 import tempfile
 import traceback
@@ -44,10 +46,23 @@ import runlog
 from bench.step import open_data
 from machine import peak_tflops, read_command_line, report_path, write_report
 
+try:
+    import triton
+    from triton.runtime.jit import JITFunction, MockTensor
+except ImportError:
+    raise SystemExit("error: the dry run needs triton, which is not installed here") from None
+
 ROOT = Path(__file__).resolve().parents[1]
-CHIPS = {  # compute capability, multiprocessors, bandwidth in TB/s: data sheets
-    "H200": (90, 132, 4.8), "H100": (90, 132, 3.35), "A100": (80, 108, 2.04),
-    "B200": (100, 148, 8.0), "L40S": (89, 142, 0.864), "RTX 4090": (89, 128, 1.01)}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+CHIPS = {  # compute capability, multiprocessors, GHz under load, TB/s: data sheets
+    "H200": (90, 132, 1.755, 4.8), "H100": (90, 132, 1.755, 3.35), "A100": (80, 108, 1.41, 2.04),
+    "B200": (100, 148, 1.85, 8.0), "L40S": (89, 142, 2.52, 0.864),
+    "RTX 4090": (89, 128, 2.52, 1.01)}
+# instructions of warps that a multiprocessor takes in a clock (CUDA C++ guide, throughput of 9.0):
+# of any kind, of integers and conversions, of products of integers, of memory, special functions
+PIPES = {4: "", 2: "LOP3 PLOP3 IADD3 IADD ISETP SHF SEL FSEL FSETP FMNMX PRMT LEA IMNMX VIADD "
+         "VIMNMX I2FP F2FP IABS SGXT BMSK MOV", 2.0001: "IMAD", 1: "LDG STG LDS STS LD ST SHFL",
+         0.5: "MUFU I2F F2I F2F FRND POPC"}
 WAITING = {"nonzero", "masked_select", "_unique2", "unique_consecutive", "equal", "bincount"}
 FREE = {"detach", "lift_fresh", "_unsafe_view", "_reshape_alias", "device"}  # without a kernel
 COLUMNS = ("phase", "kernel", "launches", "gb", "tflop", "ms")  # of a micro-batch
@@ -89,7 +104,7 @@ def pretend(chip: str) -> None:
         return pinned
 
     install_fake_device()
-    sm, processors, _ = CHIPS[chip]
+    sm, processors, *_ = CHIPS[chip]
     properties = SimpleNamespace(
         name=chip, major=sm // 10, minor=sm % 10, multi_processor_count=processors, warp_size=32,
         regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, gcnArchName="")
@@ -119,17 +134,53 @@ def move(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     return module
 
 
+def count_instructions(kernel) -> tuple[np.ndarray, np.ndarray, int]:
+    """Clocks of a warp in each of PIPES: outside of loops, in one trip through each loop; and the
+    bytes that spill."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        text = subprocess.run([CUOBJDUMP, "-res-usage", "-sass", file.name], capture_output=True,
+                              text=True, check=True).stdout
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)(.*?);", text)
+    code = [(int(at, 16), name, rest) for at, name, rest in found]
+    end = max(at for at, name, _ in code if name == "EXIT")
+    jumps = [(int(to[1], 16), at) for at, name, rest in code if name == "BRA" and at < end
+             and (to := re.search(r"0x([0-9a-f]+)", rest))]
+    counts = [Counter(), Counter()]
+    for at, name, _ in code:
+        if at <= end:
+            counts[any(first <= at <= last for first, last in jumps)][name] += 1
+    unrolled = max(1, counts[1]["LDG"] // max(1, kernel.asm["ptx"].count("ld.global")))
+    once, loop = (np.array([sum(n for name, n in count.items() if not of or name in of.split())
+                            / rate for rate, of in PIPES.items()]) for count in counts)
+    return once, loop / unrolled, int(re.search(r"STACK:(\d+)", text)[1])
+
+
 def through_inductor(recorder: "Recorder") -> None:
     """torch.compile as it is, up to the launch of the kernels that Inductor has generated."""
     import torch._C._dynamo.guards as guards
     import torch._inductor.config as config
     from torch._inductor.fx_passes import pad_mm
     from torch._inductor.runtime import triton_helpers
-    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner, GridExpr
 
-    def launch(tuner, *_, **__):
+    def launch(tuner, *args, **_):
         meta = tuner.inductor_meta
-        recorder.launch(meta["kernel_name"], int(1e9 * (meta.get("kernel_num_gb") or 0)))
+
+        def clocks(config, kernel):
+            known = dict(zip(tuner.fn.arg_names, args)) | config.kwargs
+            grid = GridExpr.from_meta(meta, config).eval_slow(known)
+            trips = known.get("r0_numel", 1) / known.get("R0_BLOCK", np.inf)
+            trips = known["RSPLIT_SIZE"] / known["XBLOCK"] if "RSPLIT_SIZE" in known else trips
+            return recorder.clocks(kernel, grid, max(1, trips))
+
+        def fastest():  # as autotuning would have it
+            if not hasattr(tuner, "compiled"):
+                tuner.compiled = [tuner._precompile_config(c).kernel for c in tuner.configs]
+            return min(map(clocks, tuner.configs, tuner.compiled))
+
+        recorder.launch(meta["kernel_name"], int(1e9 * (meta.get("kernel_num_gb") or 0)),
+                        clocks=fastest)
 
     config.compile_threads, config.force_disable_caches = 1, True
     config.benchmark_kernel = True  # each kernel then knows the bytes it moves
@@ -151,7 +202,10 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, chip: str):
         super().__init__()
-        self.rates = 0.9e12 * CHIPS[chip][-1], 0.7e12 * peak_tflops(chip)  # bytes, FLOPs a second
+        _, processors, ghz, bandwidth = CHIPS[chip]
+        # bytes, FLOPs, clocks of a multiprocessor in a second
+        self.rates = 0.9e12 * bandwidth, 0.7e12 * peak_tflops(chip), 1e9 * ghz * processors
+        self.code = {}  # what was counted in the kernels compiled
         self.phase, self.calls, self.waits, self.unexpected = "setup", *(Counter() for _ in "123")
         self.kernels = defaultdict(lambda: np.zeros(4))  # launches, bytes, FLOPs, seconds
         ops = [x for x in vars(kernels).values() if isinstance(x, torch.library.CustomOpDef)]
@@ -186,12 +240,35 @@ class Recorder(TorchDispatchMode):
         with unset_fake_temporarily():
             return torch.ones(tensor.shape, dtype=tensor.dtype)
 
-    def launch(self, name: str, moved: int | None = None, flops: int = 0) -> None:
-        """A kernel. Of a custom op the first one gets all of its bytes and FLOPs."""
-        if moved is None:
-            (moved, flops), self.of_op = self.of_op, (0, 0)
+    def clocks(self, kernel, grid: tuple, trips: float) -> float:
+        """Clocks of one multiprocessor that a launch takes in the narrowest pipe, each of the
+        kernel's loops making `trips`."""
+        if kernel.hash not in self.code:
+            self.code[kernel.hash] = once, loop, stack = count_instructions(kernel)
+            if stack:
+                self.unexpected[f"{kernel.name} spills {stack} bytes"] += 1
+        once, loop, _ = self.code[kernel.hash]
+        return math.prod(grid) * kernel.metadata.num_warps * (once + trips * loop).max()
+
+    def launch(self, name: str, moved: int, flops: int = 0, clocks=lambda: 0) -> None:
+        """A kernel. What runs in less than 10 us by its bytes is not compiled."""
         seconds = max(moved / self.rates[0], flops / self.rates[1], 2e-6)
+        if seconds > 1e-5 and self.phase in IN_A_STEP:
+            seconds = max(seconds, clocks() / self.rates[2])
         self.kernels[self.phase, name] += (1, moved, flops, seconds)
+
+    def own(self, kernel, *args, grid: tuple, warmup: bool, **options) -> None:
+        """A Triton kernel of kernels.py. Of an op the first one gets all of its bytes and FLOPs."""
+        def clocks():
+            known = dict(zip(kernel.arg_names, args)) | options
+            loop = known["n_columns"] / known["BLOCK"] if "n_columns" in known else 0
+            dtypes = [x.dtype if torch.is_tensor(x) else x for x in args]
+            compiled = self.compile(kernel, *map(MockTensor.wrap_dtype, dtypes), grid=grid,
+                                    warmup=True, **options)
+            return self.clocks(compiled, grid, loop)
+
+        (moved, flops), self.of_op = self.of_op, (0, 0)
+        self.launch(kernel.__name__, moved, flops, clocks)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, func._schema.name.split("::")[1]
@@ -219,15 +296,17 @@ class Recorder(TorchDispatchMode):
         written = [given.get(a.name) for a in func._schema.arguments
                    if a.alias_info and a.alias_info.is_write and a.name != "out"]
         new = [x for x in tree_leaves(out) if all(x is not y for y in inputs)]
+        read = [] if name.startswith("new_") or name.endswith("_like") else inputs
         moved = sum(x.numel() * x.element_size()
-                    for x in [*inputs, *tree_leaves(written), *new] if torch.is_tensor(x))
+                    for x in [*read, *tree_leaves(written), *new] if torch.is_tensor(x))
         if func._schema.name in self.bodies:  # of kernels.py: its own body makes the launches
             if not given.get("use_triton", True):
                 self.note(f"{name} without a CUDA kernel")
             self.of_op = moved, 0
             if "qkv" in given:  # attention: two matmuls forward, five backward
-                per_pair = 10 if "dout" in given else 4
-                self.of_op = moved, per_pair * given["qkv"].numel() // 3 * given["max_seqlen"]
+                per_pair, n = (10 if "dout" in given else 4), given["max_seqlen"]
+                unread = given["out"].nbytes if "dout" in given and n <= 128 else 0
+                self.of_op = moved - unread, per_pair * given["qkv"].numel() // 3 * n
             with self:
                 self.bodies[func._schema.name](*args, **kwargs)
         elif not func.is_view and name not in FREE and "empty" not in name:
@@ -249,13 +328,10 @@ def dry_run(cfg: Config) -> dict:
     for flag, value, known in (("--chip", cfg.chip, CHIPS), ("--preset", cfg.preset, presets)):
         if value not in known:
             raise SystemExit(f"error: {flag} {value}: choose from {', '.join(known)}")
-    if not kernels.TRITON_VERSION:
-        raise SystemExit("error: the dry run needs triton, which is not installed here")
-    from triton.runtime.jit import JITFunction
-
     pretend(cfg.chip)
     recorder, wrap = Recorder(cfg.chip), pretrain.wrap
-    JITFunction.run = lambda kernel, *_, **__: recorder.launch(kernel.__name__)
+    recorder.compile = JITFunction.run
+    JITFunction.run = lambda *args, **options: recorder.own(*args, **options)
     FakeTensor.tolist = lambda tensor: recorder.to_host(tensor).tolist()
     if cfg.compile:
         through_inductor(recorder)
@@ -286,8 +362,12 @@ def dry_run(cfg: Config) -> dict:
         header = json.loads((run / "log.jsonl").read_text().splitlines()[0])
     times = dict.fromkeys(IN_A_STEP, recorder.calls["backward"])  # the optimizer's are the preset's
     times["optimizer"] = recorder.calls["optimizer"] * preset.batch_tokens / preset.micro_tokens
-    rows = [dict(zip(COLUMNS, (phase, name, *(sums * SCALES / times[phase]).tolist())))
-            for (phase, name), sums in recorder.kernels.items() if phase in times]
+    # of these micro-batches 2 of 5 add to a gradient that is there
+    adding = (1 - preset.micro_tokens / preset.batch_tokens) / 0.4
+    scales = {("backward", "add_"): adding} | {("optimizer", x): 0 for x in ("zeros", "zeros_like")}
+    totals = {key: sums * SCALES * scales.get(key, 1) for key, sums in recorder.kernels.items()}
+    rows = [dict(zip(COLUMNS, (*key, *(sums / times[key[0]]).tolist())))
+            for key, sums in totals.items() if key[0] in times]
     tok_per_s = preset.micro_tokens / sum(row["ms"] for row in rows) * 1e3
     mfu = tok_per_s * header["flops_per_token"] / peak_tflops(cfg.chip) / 1e12
     counters = torch._dynamo.utils.counters

@@ -26,11 +26,11 @@ from triton.compiler import ASTSource  # noqa: E402
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # what every launch passes, whatever the dtype of the activations
-POINTERS = {"cu_seqlens": "i32", "tiles": "i32", "labels": "i64"} | dict.fromkeys(
+POINTERS = {"cu_seqlens": "i32", "labels": "i64", "seed": "i64"} | dict.fromkeys(
     ["lse", "delta", "slopes", "rope", "losses", "correct"], "fp32"
 )
 SCALARS = {"scale": "fp32"} | dict.fromkeys(
-    ["width", "stride", "n_tokens", "n_tiles", "n_columns", "n_documents"], "i32"
+    ["width", "half", "dropped", "stride", "n_tokens", "n_tiles", "n_columns", "n_documents"], "i32"
 )
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -44,7 +44,7 @@ def compile_for(chip, kernel, options, dtype):
             signature[name] = "constexpr"
         else:
             signature[name] = SCALARS.get(name) or "*" + POINTERS.get(name, dtype)
-        if name in ("stride", "width", "n_columns") or signature[name][0] == "*":
+        if name in ("stride", "width", "half", "n_columns") or signature[name][0] == "*":
             hints[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
     launch = {k: v for k, v in options.items() if k not in constants}
@@ -65,9 +65,12 @@ def attention_rows(chip, D, dtype, **changes):
         yield kernel, options | {"H": 12, "D": D} | loop | changes
 
 
-def cross_entropy_and_slack_rows():
+def other_rows():
     yield kernels._zero_slack, {"BLOCK": 1024} | kernels.FUSION
     yield kernels._cross_entropy_rows, kernels.CROSS_ENTROPY_OPTIONS | {"WRITE": True}
+    for seed in ({}, {"seed": None}):  # with dropout, without
+        yield kernels._geglu, kernels.GEGLU_OPTIONS | {"BACKWARD": False, "dout": None} | seed
+        yield kernels._geglu, kernels.GEGLU_OPTIONS | {"BACKWARD": True} | seed
 
 
 def check(chip, rows, dtype, tmp_path, wgmma=False):
@@ -110,13 +113,13 @@ def test_attention_without_alibi(changes, tmp_path):
 
 
 @pytest.mark.parametrize("chip", [80, 90])
-def test_cross_entropy(chip, tmp_path):
-    check(chip, cross_entropy_and_slack_rows(), "bf16", tmp_path)
+def test_cross_entropy_geglu_and_slack(chip, tmp_path):
+    check(chip, other_rows(), "bf16", tmp_path)
 
 
-def test_row_offsets_of_cross_entropy_and_slack_have_64_bits():
+def test_row_offsets_have_64_bits():
     """Row times width passes 2^31 at 70,000 rows of 30,528: 32 bits are for block sizes alone."""
-    for kernel, options in cross_entropy_and_slack_rows():
+    for kernel, options in other_rows():
         code = compile_for(90, kernel, options, "bf16").asm["ttir"]
         constants = set(re.findall(r"(%\S+) = arith\.constant", code))
         for a, b, kind in re.findall(r"arith\.muli (%\S+), (%\S+) : (\S+)", code):
@@ -129,7 +132,7 @@ def test_row_offsets_of_cross_entropy_and_slack_have_64_bits():
 @pytest.mark.parametrize("changes", [dict(rope=None), {}], ids=["ALiBi", "ALiBi and RoPE"])
 def test_attention_on_every_chip(chip, D, changes, tmp_path):
     check(chip, attention_rows(chip, D, "bf16", **changes), "bf16", tmp_path, wgmma=chip == 90)
-    check(chip, cross_entropy_and_slack_rows(), "bf16", tmp_path)
+    check(chip, other_rows(), "bf16", tmp_path)
 
 
 @pytest.mark.slow
@@ -139,4 +142,4 @@ def test_attention_without_positions_in_other_dtypes(chip, dtype, tmp_path):
     rows = attention_rows(chip, 64, dtype, slopes=None, rope=None)
     check(chip, rows, dtype, tmp_path, wgmma=chip == 90 and dtype == "fp16")
     check(chip, attention_rows(chip, 128, "fp32"), "fp32", tmp_path)
-    check(chip, cross_entropy_and_slack_rows(), dtype, tmp_path)
+    check(chip, other_rows(), dtype, tmp_path)

@@ -13,7 +13,9 @@ from oracle import EDGES, assert_close_to_exact, oracles, with_grad
 from kernels import (
     alibi_slopes,
     cross_entropy_reference,
+    dropout,
     gather_rows,
+    geglu_reference,
     masked_cross_entropy,
     scatter_rows,
     varlen_attention,
@@ -127,6 +129,30 @@ def test_rows_move_bitwise():
     out = gather_rows(x, index)
     assert torch.equal(out[kept], x[index[kept]]) and (out[7] == 0).all()
     assert torch.equal(scatter_rows(out, index, 5000)[index[kept]], x[index[kept]])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("width", "p"), [(3072, 0.1), (3072, 0.0), (301, 0.5)])
+def test_geglu_with_dropout_has_the_references_mask_and_at_most_twice_torchs_error(width, p, dtype):
+    g, seed = torch.Generator("cuda").manual_seed(0), torch.tensor(2**61 + 99, device="cuda")
+    h = (3 * torch.randn(500, 2 * width, generator=g, device="cuda")).to(dtype)
+    dout = torch.randn(500, width, generator=g, device="cuda").to(dtype)
+    reference = lambda h: geglu_reference(h, p, seed)
+    ours = with_grad(lambda h: torch.ops.nanomosaic.geglu(h, seed if p else None, p), h, dout=dout)
+    exact, torchs = (with_grad(reference, x, dout=dout) for x in (h.double(), h))
+    assert_close_to_exact(ours, torchs, exact, atom=ATOM)
+    assert (ours[0][reference(torch.ones_like(h)) == 0] == 0).all()
+
+
+def test_compiled_dropout_keeps_the_mean_and_its_backward_has_the_same_mask():
+    f = torch.compile(lambda x: dropout(x, 0.1), fullgraph=True)
+    x, calls = torch.ones(1000, 768, device="cuda"), []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        y, grad = with_grad(f, x, dout=x)
+        assert torch.equal(y, grad) and abs(y.mean() - 1) < 2e-3
+        calls.append(y)
+    assert torch.equal(calls[0], calls[1]) and not torch.equal(calls[0], calls[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
