@@ -601,7 +601,8 @@ def random_words(counter: Tensor, seed: Tensor) -> Tensor:
     multiplications (the golden ratio's, without which neighbouring rows correlate, and lowbias32's,
     github.com/skeeto/hash-prospector), keyed twice. 12 instructions; Philox, which torch.compile
     would take, has 100."""
-    x = counter * (0x9E3779B9 - 2**32) ^ seed.to(torch.int32)
+    # ^ first: Inductor would put a product of the counter into its index, which overflows
+    x = (counter ^ seed.to(torch.int32)) * (0x9E3779B9 - 2**32)
     x = (x ^ x >> 16 & 0xFFFF) * 0x7FEB352D
     x = (x ^ x >> 15 & 0x1FFFF ^ (seed >> 32).to(torch.int32)) * (0x846CA68B - 2**32)
     return x ^ x >> 16 & 0xFFFF
@@ -654,7 +655,7 @@ def _normal_cdf(x):
 
 @triton.jit
 def _random_words(counter, key):
-    x = (counter.to(tl.uint32) * 0x9E3779B9) ^ key.to(tl.uint32)
+    x = (counter.to(tl.uint32) ^ key.to(tl.uint32)) * 0x9E3779B9
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15) ^ (key >> 32).to(tl.uint32)) * 0x846CA68B
     return x ^ (x >> 16)

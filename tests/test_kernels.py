@@ -367,7 +367,7 @@ def test_geglu(shape, dtype, p):
     if h.numel():
         assert_close_to_exact(ours, torchs, exact)
         dropped = kernels.geglu_reference(torch.ones_like(h), p, seed) == 0
-        assert (ours[0][dropped] == 0).all() and bool(dropped.any()) is (p > 0 and h.numel() > 2)
+        assert (ours[0][dropped] == 0).all() and (bool(dropped.any()) is (p > 0) or len(h) < 3)
 
 
 @triton_only
