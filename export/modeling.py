@@ -3,7 +3,7 @@
 export.huggingface puts this file beside the weights, and trust_remote_code runs it: it needs torch
 and transformers (tried: 5.24, 4.57), nothing else of the project and no Triton. The parameters are
 those of model.py by the same names, but for the classifier's. A batch stays padded and the
-attention's bias hides the padding: that traces to ONNX and TorchScript and compiles.
+attention's bias hides the padding: that exports to ONNX and compiles.
 """
 
 import math
