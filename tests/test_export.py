@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import some_documents
@@ -29,6 +30,7 @@ from model import (
 from pretrain import train
 from recipes import TrainConfig
 
+HOWTO = Path(__file__).parents[1] / "docs/HOWTO.md"
 STS_B = Path(__file__).parents[1] / "../shared/data/glue/STS-B"
 NO_DROPOUT = dict(embedding_dropout=0.0, output_dropout=0.0, mlp_dropout=0.0)
 SHAPE = dict(n_layers=2, n_heads=2, d_model=32, d_ff=48, **NO_DROPOUT)
@@ -252,6 +254,70 @@ def test_trainer_fine_tunes_and_the_result_loads_here_and_there(exported, tmp_pa
         assert_near(theirs(ids, mask).logits, expected)
         ours = SequenceClassifier.from_pretrained(tmp_path / "tuned").eval()
         assert_near(ours(ids, mask), expected)
+
+
+def follow(title: str, exported: Path, changes: dict[str, str]) -> dict:
+    """What the Python of a section of HOWTO leaves behind, run here on an export as hf/mine."""
+    code = HOWTO.read_text().split(f"\n## {title}\n")[1].split("```python\n")[1].split("```")[0]
+    shutil.copytree(exported, "hf/mine")
+    for old, new in changes.items():
+        assert old in code
+        code = code.replace(old, new)
+    exec(code, names := {})
+    return names
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_howto_answers_questions_by_spans(exported, tmp_path, monkeypatch):
+    """Ten rows, learned by heart. The answer is the second place where its words stand."""
+    monkeypatch.chdir(tmp_path)
+    rows = []
+    for i, name in enumerate(["Ada", "Ben", "Cy", "Dan", "Eve", "Flo", "Gus", "Hal", "Ivy", "Jo"]):
+        text = f"It is not {i} red boxes: {name} has {i} red boxes, we think, and many others."
+        answers = {"text": [f"{i} red boxes"], "answer_start": [text.rindex(f"{i} red")]}
+        rows.append({"question": f"What has {name}?", "context": text, "answers": answers})
+    write_rows(tmp_path / "my_questions/train.jsonl", rows)
+    found = follow("Questions whose answer is a span of a text", exported, {
+        "epochs=3": "epochs=80", "batch_size=16": "batch_size=10", "rate=1e-4": "rate=1e-2",
+        "report_to": "disable_tqdm=True, report_to"})
+    for row in rows:
+        assert found["answer"](row["question"], row["context"]) == row["answers"]["text"][0]
+    encoded = found["encode"](rows[0])
+    starts = found["tokenizer"](rows[0]["question"], rows[0]["context"]).token_to_chars
+    assert starts(encoded["start_positions"]).start == rows[0]["answers"]["answer_start"][0]
+    again = load("AutoModelForQuestionAnswering", tmp_path / "hf/mine-questions")
+    assert_near(again.qa_outputs.weight, found["model"].qa_outputs.weight)
+
+
+@pytest.mark.slow
+def test_howto_learns_to_find_passages_that_share_no_word_with_the_question(
+        exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("red rot green grün white weiß black schwarz blue blau brown braun", "dog hund cat "
+             "katze cow kuh pig schwein sheep schaf horse pferd", "house haus street straße wood "
+             "wald field feld river fluss town stadt")
+    english, german = (list(itertools.product(*(kind.split()[n::2] for kind in words)))
+                       for n in (0, 1))
+    pairs = [(f"the {a} {b} in the {c}", f"{y} ist der ort, wo {x} und {w} sind")
+             for (a, b, c), (w, x, y) in zip(english, german)]
+    order = np.random.default_rng(0).permutation(len(pairs))
+    train, test = ([pairs[i] for i in some] for some in (order[:-50], order[-50:]))
+    write_rows(tmp_path / "my_pairs/train.jsonl",
+               [{"anchor": question, "positive": passage} for question, passage in train])
+    (tmp_path / "my_pairs/passages.txt").write_text("\n".join(passage for _, passage in test))
+    found = follow("Search and embeddings", exported, {
+        "epochs=1": "epochs=20", "rate=3e-4": "rate=3e-3", "size=64": "size=16",
+        "report_to": "disable_tqdm=True, report_to"})
+    recall = []
+    for name in ("mine", "mine-search"):
+        model = found["SentenceTransformer"](f"hf/{name}", trust_remote_code=True)
+        near = found["util"].semantic_search(*(model.encode(list(x)) for x in zip(*test)), top_k=5)
+        recall.append(np.mean([i in [h["corpus_id"] for h in hits] for i, hits in enumerate(near)]))
+    assert recall[0] < 0.3 and recall[1] > 0.8, recall
 
 
 def test_a_fine_tuned_export_is_exported_again_with_its_labels(exported, tmp_path):
