@@ -3,20 +3,20 @@
     python -m bench.data                        # the offline docstrings; a minute on two cores
     python -m bench.data "corpus/*.jsonl.zst"   # any file, folder or "glob*" of prepare_c4.py
 
-Each whole path is a process of its own that goes from zstd-compressed JSON lines to files a trainer
-maps. Ours is prepare_c4.py with a given tokenizer; the peer is datasets.load_dataset, then
-.map(batched=True) over the tokenizer that export/huggingface.py makes of ours, with only the ids
-kept, as uint16. "Per core" is bytes of text over CPU seconds of all threads and processes. Imports
-and training the tokenizer are not counted. Numbers are medians of repetitions that take turns.
+Either path goes from zstd-compressed JSON lines to files a trainer maps. Ours is prepare_c4.py with
+a given tokenizer; the peer is datasets.load_dataset, then .map(batched=True) over the tokenizer
+that export/huggingface.py makes of ours, with only the ids kept, as uint16. "Per core" is bytes of
+text over CPU seconds of all threads and processes. Imports and training the tokenizer are not
+counted. Numbers are medians of repetitions that take turns.
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -31,7 +31,7 @@ from corpus.tokenizer import Tokenizer
 from machine import read_command_line, report_path, write_report
 from records import BadInput
 
-ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+ONE_CORE = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @dataclasses.dataclass
@@ -67,27 +67,12 @@ def peer(text: str, tokenizer: str, out: str) -> None:
              cache_file_name=f"{out}/ids.arrow")
 
 
-def child(path: str, *arguments: str) -> None:
-    """One path in a process of its own; prints wall and CPU seconds."""
-    import datasets  # noqa: F401, imports are not counted
-    import pyarrow  # noqa: F401
-    import tokenizers  # noqa: F401
-
+def timed(path, *arguments: Path) -> tuple[float, float]:
+    """Wall and CPU seconds of one path; what it prints is left out."""
     started, before = time.perf_counter(), os.times()
-    {"ours": ours, "datasets.map": peer}[path](*arguments)
-    print("\nMEASURED", time.perf_counter() - started, sum(os.times()[:4]) - sum(before[:4]))
-
-
-def measure(*arguments: str) -> dict:
-    """Run child(*arguments); -> {"wall_s", "cpu_s"}."""
-    code = "import sys; from bench.data import child; child(*sys.argv[1:])"
-    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True,
-                            text=True, cwd=Path(__file__).parents[1],
-                            env=os.environ | ONE_THREAD | {"HF_HUB_OFFLINE": "1"})
-    if result.returncode:
-        raise BadInput(f"{arguments[0]} failed: {result.stderr.strip()[-300:]}")
-    wall, cpu = map(float, result.stdout.rsplit("MEASURED ", 1)[1].split())
-    return {"wall_s": wall, "cpu_s": cpu}
+    with contextlib.redirect_stdout(io.StringIO()):
+        path(*map(str, arguments))
+    return time.perf_counter() - started, sum(os.times()[:4]) - sum(before[:4])
 
 
 # ------------------------------------------------------------------------------- what is measured
@@ -104,6 +89,8 @@ def same_documents(folder: Path, arrow: Path) -> bool:
 
 def bench(cfg: Config, work: Path) -> dict:
     """Everything that is measured, in plain numbers; `work` is an empty folder."""
+    os.environ |= ONE_CORE
+    import datasets  # noqa: F401, imports are not counted
     import zstandard
 
     from export.huggingface import fast_tokenizer
@@ -117,21 +104,20 @@ def bench(cfg: Config, work: Path) -> dict:
     tokenizer = Tokenizer.train(texts, cfg.vocab_size)
     tokenizer.save(work / "ours")
     fast_tokenizer(tokenizer).save(str(work / "datasets.map"))
-    paths: dict[str, list[dict]] = {"datasets.map": [], "ours": []}
+    paths = {"datasets.map": peer, "ours": ours}
+    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in paths}
     for repeat in range(cfg.repeats):
-        for path, runs in paths.items():
-            places = work / "text.jsonl.zst", work / path, work / f"{path} {repeat}"
-            runs.append(measure(path, *map(str, places)))
-            print(f"{repeat + 1}/{cfg.repeats} {path}: {runs[-1]['cpu_s']:.2f} CPU s", flush=True)
+        for name, path in paths.items():
+            places = work / "text.jsonl.zst", work / name, work / f"{name} {repeat}"
+            runs[name].append(timed(path, *places))
+            print(f"{repeat + 1}/{cfg.repeats} {name}: {runs[name][-1][1]:.2f} CPU s")
     rows = {}
-    for path, runs in paths.items():
-        wall, cpu = (statistics.median(run[key] for run in runs) for key in ("wall_s", "cpu_s"))
-        rows[path] = {"wall_s": wall, "cpu_s": cpu, "mb_per_cpu_s": size / cpu,
-                      "mb_per_s": size / wall}
+    for name, own in runs.items():
+        wall, cpu = map(statistics.median, zip(*own))
+        rows[name] = {"cpu_s": cpu, "mb_per_cpu_s": size / cpu, "mb_per_s": size / wall}
     return {
         "settings": dataclasses.asdict(cfg), "documents": len(texts), "megabytes": size,
-        "paths": rows,
-        "ratio_per_core": rows["ours"]["mb_per_cpu_s"] / rows["datasets.map"]["mb_per_cpu_s"],
+        "paths": rows, "ratio_per_core": rows["datasets.map"]["cpu_s"] / rows["ours"]["cpu_s"],
         "same_documents": same_documents(work / "ours 0", work / "datasets.map 0/ids.arrow")}
 
 
