@@ -19,15 +19,12 @@ from corpus.tokenizer import Tokenizer
 # tokens of a micro-batch of evaluation: fixed, so that whatever the settings all runs see the same
 EVAL_MICRO_TOKENS = 8_192
 
+
 # ----------------------------------------------------------------------------- batches
-
-
 def shuffled(index: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """Place `index` (int64 array, 0..n-1) in a pseudo-random permutation of n things.
-
-    A four-round Feistel network on the next power of four, walked until the value falls below n: no
-    table, so that C4's 365 million documents are shuffled in no memory, and any place alone.
-    """
+    """Place `index` (int64 array, 0..n-1) in a pseudo-random permutation of n things: a four-round
+    Feistel network on the next power of four, walked until the value falls below n. No table, so
+    that C4's 365 million documents are shuffled in no memory, and any place alone."""
     half = max((int(n - 1).bit_length() + 1) // 2, 1)
     low = np.uint64((1 << half) - 1)
     keys = np.random.default_rng(seed).integers(0, 2**63, size=4, dtype=np.uint64)
@@ -96,10 +93,8 @@ class Batches:
         ends = np.round(np.cumsum(shares) / sum(shares) * self.BLOCK)
         order = shuffled(np.arange(self.BLOCK), self.BLOCK, seed=0)
         self.block_source = np.searchsorted(ends, order, side="right")
-        self.block_sizes = np.bincount(self.block_source, minlength=len(ends))
-        self.block_rank = np.empty(self.BLOCK, dtype=np.int64)
-        by_source = np.argsort(self.block_source, kind="stable")
-        self.block_rank[by_source] = np.concatenate([np.arange(n) for n in self.block_sizes])
+        is_of = self.block_source[:, None] == np.arange(len(ends))  # (BLOCK, K)
+        self.block_rank, self.block_sizes = is_of.cumsum(0)[is_of] - 1, is_of.sum(0)
         self.starts = [0]  # place in the stream where each micro-batch begins
         self.n_special: list[int] = []  # [CLS] and [SEP] in each
         self.planning = threading.Lock()  # the loop asks for counts while a thread builds a batch
@@ -177,8 +172,6 @@ class Batches:
 
 
 # ----------------------------------------------------------------------------- masking
-
-
 def random_bits(seed: int, stream: int, n: int, device: torch.device | str) -> Tensor:
     """(n,) int64, 62 random bits each: SplitMix64 (Steele et al. 2014) of (seed, stream, place).
     No state to save, and integer arithmetic gives the same numbers on CPU and GPU."""
@@ -211,9 +204,7 @@ def mask_tokens(batch: Batch, tokenizer: Tokenizer, n_masked: int, corruption: s
     new = torch.full_like(labels, tokenizer.mask_id)
     if corruption == "80/10/10":
         bits = random_bits(seed, 2 * m + 1, len(ids), device)[masked_idx]
-        names = "pad", "unk", "cls", "sep", "mask"
-        specials = {getattr(tokenizer, f"{name}_id") for name in names}
-        specials = sorted(specials.union(tokenizer.markers))
+        specials = sorted({*tokenizer.names, *tokenizer.markers})
         other = (bits >> 8) % (tokenizer.vocab_size - len(specials))
         for s in specials:  # count past the special ids
             other = other + (other >= s)

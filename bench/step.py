@@ -80,8 +80,9 @@ def open_data(folder: str) -> tuple[Corpus | RandomCorpus, Tokenizer | SimpleNam
     """The documents, and their tokenizer or what masking needs of one."""
     if folder:
         return Corpus(folder), Tokenizer.load(folder)
-    special_ids = {f"{name.strip('[]').lower()}_id": i for name, i in SPECIALS.items()}
-    return RandomCorpus(30_528), SimpleNamespace(vocab_size=30_528, markers=[], **special_ids)
+    ids = {f"{name.strip('[]').lower()}_id": i for name, i in SPECIALS.items()}
+    return RandomCorpus(30_528), SimpleNamespace(vocab_size=30_528, names=ids.values(), markers=[],
+                                                 **ids)
 
 
 def padded(ids: Tensor, masked_idx: Tensor, labels: Tensor, cu_seqlens: Tensor, seq_len: int,

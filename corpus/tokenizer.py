@@ -61,12 +61,11 @@ class Tokenizer:
     """
 
     def __init__(self, vocabulary: bytes, meta: dict):
-        """`vocabulary`: content of tokenizer.tiktoken or tokenizer.json; `meta`: as made by train()
-        or from_hf()."""
+        """`vocabulary`: content of tokenizer.tiktoken or tokenizer.json; `meta`: as in train()."""
         self.vocabulary, self.meta = vocabulary, meta
         self.vocab_size, self.lowercase = meta["vocab_size"], meta["lowercase"]
-        self.names = {i: name for name, i in meta["special_ids"].items()}
-        ids = (meta["special_ids"][name] for name in SPECIALS)
+        ids = [meta["special_ids"][name] for name in SPECIALS]
+        self.names = dict(zip(ids, SPECIALS))
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = ids
         self.hf, self.bpe, self.markers = None, None, []
         if meta["kind"] == "huggingface":

@@ -253,7 +253,8 @@ def test_random_bits_are_fixed_numbers_for_ever():
 def test_random_tokens_are_uniform_and_never_special_where_the_specials_lie_inside_the_vocabulary():
     """As BERT's do: [PAD] 0, [UNK] 100, [CLS] 101, [SEP] 102, [MASK] 103."""
     specials = dict(pad_id=0, unk_id=100, cls_id=101, sep_id=102, mask_id=103)
-    bert, n = SimpleNamespace(vocab_size=200, markers=[], **specials), 200_000
+    bert = SimpleNamespace(vocab_size=200, names=specials.values(), markers=[], mask_id=103)
+    n = 200_000
     batch = Batch(torch.full((n,), 150), torch.tensor([0, n], dtype=torch.int32),
                   torch.zeros(n, dtype=torch.bool), 1)
     ids, idx, _ = mask_tokens(batch, bert, n // 2, "80/10/10", 7, 0, torch.device("cpu"))
