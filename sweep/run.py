@@ -92,12 +92,12 @@ class Job:
     variant: Variant
     seed: int
     budget: float
-    tokens: int = 0  # to pretrain; 0: a fine-tuning
-    after: str = ""  # name of the job that has to be finished before
+    after: str  # name of the job that has to be finished before; "": none
+    pretrains: bool = True  # else it fine-tunes
 
     def key(self) -> list:
         """What it is, as JSON has it; of a fine-tuning also the run that it starts from."""
-        of = asdict(self.variant.cfg) if self.tokens else progress(self.run)
+        of = asdict(self.variant.cfg) if self.pretrains else progress(self.run)
         return json.loads(json.dumps([self.command[1:], of]))
 
     def is_finished(self, state: Path) -> bool:
@@ -194,29 +194,28 @@ def make_jobs(cfg: Config, variants: list[Variant],
     its fine-tuning. tokens: as from tokens_of_budgets."""
     jobs, data = [], [word for folder in cfg.data for word in ("--data", folder)]
     for seed, v in product(cfg.seeds, variants):
-        sizes, stem = tokens[v.name], None
+        sizes, stem = tokens[v.name], ""
         for budget in sorted(sizes, reverse=True):
-            size, branching = sizes[budget], int(sizes[budget] * v.stem)  # tokens
             name = f"{v.name}-s{seed}-{short(budget)}"
             run = Path(cfg.out, cfg.name, name)
             command = [sys.executable, str(ROOT / "pretrain.py"), v.preset]
             command += ["--out", str(run.parent), "--name", name]
             if stem:
-                step = branching // v.cfg.batch_tokens
-                command += ["--cooldown_from", str(stem.run / "ckpt" / f"step_{step:08d}")]
-                jobs.append(Job(name, command, run, v, seed, budget, size - branching, stem.name))
+                step = int(sizes[budget] * v.stem) // v.cfg.batch_tokens
+                checkpoint = run.with_name(stem) / "ckpt" / f"step_{step:08d}"
+                command += ["--cooldown_from", str(checkpoint)]
             else:
                 steps = math.gcd(*sizes.values()) * v.stem / v.cfg.batch_tokens
                 every = str(int(steps) if v.stem < 1 else 0.25)
-                command += [*data, "--max_tokens", str(size), "--seed", str(seed)]
+                command += [*data, "--max_tokens", str(sizes[budget]), "--seed", str(seed)]
                 command += ["--checkpoint_every", every, *v.flags]
-                jobs.append(Job(name, command, run, v, seed, budget, size))
-                stem = jobs[-1] if v.stem < 1 else None
+            jobs.append(Job(name, command, run, v, seed, budget, after=stem))
+            stem = stem or name * (v.stem < 1)
             for i, flags in enumerate(cfg.finetune, 1):
                 script = [sys.executable, str(ROOT / "finetune_glue.py"), str(run)]
                 jobs.append(Job(f"{name}-finetune" + f"-{i}" * (i > 1),
                                 script + shlex.split(flags), run, v, seed, budget,
-                                after=jobs[-1].name))
+                                after=jobs[-1].name, pretrains=False))
     return jobs
 
 
@@ -291,8 +290,8 @@ def collect(cfg: Config, jobs: list[Job]) -> list[dict]:
     text; accuracy, blimp where studies.blimp has scored the run, and the tasks fine-tuned as asked
     for now, as shares of 1, the mean of `values`, one for each fine-tuning seed."""
     rows = []
-    asked = {shlex.join(["finetune_glue.py", *job.command[2:]]) for job in jobs if not job.tokens}
-    for job in [job for job in jobs if job.tokens]:
+    asked = {shlex.join(["finetune_glue.py", *j.command[2:]]) for j in jobs if not j.pretrains}
+    for job in [job for job in jobs if job.pretrains]:
         end, (log, _) = progress(job.run), read_jsonl(job.run / "log.jsonl")
         header = next((r for r in reversed(log) if r["type"] == "header"), {})
         held_out = [r for r in log if r["type"] == "eval" and r["step"] == end.get("step")]

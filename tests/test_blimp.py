@@ -14,7 +14,6 @@ from corpus.tokenizer import Tokenizer
 from export import huggingface as export
 from machine import pick_dtype
 from model import EncoderConfig, MaskedLM, SequenceClassifier
-from studies import blimp
 from studies.blimp import accuracies, main, pseudo_log_likelihoods, read_pairs
 
 SHAPE = dict(n_layers=2, n_heads=4, d_model=64, d_ff=128)
@@ -89,7 +88,7 @@ def test_accuracies_are_means_of_files_and_phenomena_with_a_binomial_error():
     assert (result["score"], result["stderr"]) == (0.5625, 0.1964)  # sqrt(15/512 + 1/8) / 2
 
 
-def test_a_run_gets_a_record_a_checkpoint_and_bad_input_one_line(tokenizer, tmp_path):
+def test_a_run_gets_a_record_a_checkpoint_and_bad_input_one_line(tokenizer, tmp_path, monkeypatch):
     def folder_with(name: str, text: str) -> str:
         (path := tmp_path / name).parent.mkdir()
         path.write_text(text)
@@ -116,20 +115,14 @@ def test_a_run_gets_a_record_a_checkpoint_and_bad_input_one_line(tokenizer, tmp_
         (run, no_key, 0, "npi.jsonl, line 2: no key 'sentence_bad'"),
         (run, folder_with("odd/case.txt", "1\n2\n3\n"), 0, "case.txt: 3 lines"),
         (run, blimp, 4, "--pairs 4: .*a.jsonl has 3"),
-        (tmp_path / "tuned", blimp, 0, "tuned has no head that predicts tokens")]:
+        (tmp_path / "tuned", blimp, 0, "tuned does not fit this model; missing: head")]:
         with pytest.raises(SystemExit, match=f"^error: [^\n]*{message}[^\n]*$"):
             main([str(path), "--blimp_dir", folder, "--pairs", str(n)])
 
-
-def test_a_run_that_cannot_be_written_to_is_refused_before_the_work(
-        tokenizer, tmp_path, monkeypatch):
     def full(folder, advice):
         raise OSError(f"{folder} cannot be written")
 
-    monkeypatch.setattr(blimp, "make_folder", full)
-    monkeypatch.setattr(blimp, "pseudo_log_likelihoods", lambda *_: pytest.fail("it was scored"))
-    MaskedLM(EncoderConfig(tokenizer.vocab_size, **SHAPE)).save_pretrained(tmp_path)
-    (tmp_path / "pairs").mkdir()
-    (tmp_path / "pairs/a.jsonl").write_text(LINE)
+    monkeypatch.setattr("studies.blimp.make_folder", full)
+    monkeypatch.setattr("studies.blimp.pseudo_log_likelihoods", None)  # refused before the work
     with pytest.raises(SystemExit, match=r"^error: .* cannot be written$"):
-        main([str(tmp_path), "--blimp_dir", str(tmp_path / "pairs")])
+        main([str(run), "--blimp_dir", blimp])
