@@ -277,21 +277,20 @@ def model_card(model: Pretrained, tokenizer: Tokenizer, source: str, facts: dict
     case = "lowercased" if tokenizer.lowercase else "cased"
     rows = {"vocabulary": f"{tokenizer.vocab_size:,} entries, {case}"}
     if facts:
-        train, hours = facts["train"], facts["train_seconds"] / 3600
+        train, told = facts["train"], facts["eval"]
         data = ", ".join(f"`{folder}`" for folder in train["data"] or ["data/c4"])
+        start = train["cooldown_from"] or train["start_from"] or "random weights"
         rows |= {
             "data": f"{data} (corpus {', '.join(train['corpus'])}), {train['documents']} windows "
                     f"of {train['seq_len']} tokens",
-            "trained on": "{tokens:,} tokens, {step:,} steps of ".format_map(facts)
-                          + f"{train['batch_tokens']:,}",
-            "started from": train["cooldown_from"] or train["start_from"] or "random weights",
-            "masking": f"{train['masking']}, {train['corruption']}",
-            "held-out loss": "not measured" if not facts["eval"] else "{loss} (accuracy "
-                "{accuracy:.1%}, 15 % masked, step {step:,})".format_map(facts["eval"]),
-            "hardware": f"{facts['world_size']} × {facts['device']}, {hours:.2f} hours of training",
-            "cost": f"${facts['dollars']} at ${train['gpu_dollars_per_hour']} per GPU hour "
-                    "(CPU time is logged at $0)",
-            "command": "`python {command}`, nanoMosaicBERT {revision}".format_map(facts),
+            "training": f"{facts['tokens']:,} tokens, {facts['step']:,} steps of "
+                        f"{train['batch_tokens']:,}, masking {train['masking']}, from {start}",
+            "held-out loss": "not measured" if not told else f"{told['loss']} (accuracy "
+                f"{told['accuracy']:.1%}, 15 % masked, step {told['step']:,})",
+            "cost": f"{facts['world_size']} × {facts['device']}, "
+                    f"{facts['train_seconds'] / 3600:.2f} hours, ${facts['dollars']} at "
+                    f"${train['gpu_dollars_per_hour']} per GPU hour (CPU time is logged at $0)",
+            "command": f"`python {facts['command']}`, nanoMosaicBERT {facts['revision']}",
         }
     else:
         rows["exported from"] = f"`{source}`, by nanoMosaicBERT"

@@ -1,5 +1,6 @@
 """Labelled texts as flat batches: examples end to end, without padding."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,12 +49,9 @@ class Encoded:
 
 
 def encode(split: Split, tokenizer, max_len: int) -> Encoded:
-    """Tokenise a file's texts, cut to max_len tokens, of a pair the longer first. Words are
-    tokenised as in their sentence: with the blank before them."""
+    """Tokenise a file's texts, cut to max_len tokens, of a pair the longer first."""
     if split.words:
-        texts = [" " * (i > 0) + word for words in split.words for i, word in enumerate(words)]
-        pieces = [ids or [tokenizer.unk_id] for ids in tokenizer.encode_batch(texts)]
-        return encode_words(split.words, pieces, tokenizer, max_len)
+        return encode_words(split.words, tokenizer, max_len)
     columns = [tokenizer.encode_batch(column) for column in split.texts]
     between = getattr(tokenizer, "n_between", 1)  # RoBERTa has two separators between a and b
     room, n_cut = max_len - 2 - (len(columns) - 1) * between, 0
@@ -70,20 +68,21 @@ def encode(split: Split, tokenizer, max_len: int) -> Encoded:
     return pack(flat, first, n_labels=len(flat), n_cut=n_cut)
 
 
-def encode_words(sentences: list[list[str]], pieces: list[list[int]], tokenizer,
-                 max_len: int) -> Encoded:
-    """Sentences of words, whose token ids are `pieces`, one after another."""
-    flat, begins, word, n_cut = [], [], 0, 0
+def encode_words(sentences: list[list[str]], tokenizer, max_len: int) -> Encoded:
+    """Words are tokenised as in their sentence: with the blank before them."""
+    texts = [" " * (i > 0) + word for words in sentences for i, word in enumerate(words)]
+    pieces = enumerate(ids or [tokenizer.unk_id] for ids in tokenizer.encode_batch(texts))
+    flat, begins, n_cut = [], [], 0
     for sentence in sentences:
         ids, where = [tokenizer.cls_id], [-1]
-        for piece in pieces[word : word + len(sentence)]:
+        for word, piece in itertools.islice(pieces, len(sentence)):
             ids += piece
             where += [word, *[-1] * (len(piece) - 1)]
-            word += 1
         n_cut += len(ids) >= max_len
         flat.append([*ids[: max_len - 1], tokenizer.sep_id])
         begins += [*where[: max_len - 1], -1]
-    return pack(flat, list(map(len, flat)), words=np.array(begins), n_labels=word, n_cut=n_cut)
+    first, n = list(map(len, flat)), len(texts)
+    return pack(flat, first, words=np.array(begins), n_labels=n, n_cut=n_cut)
 
 
 def pack(examples: list[list[int]], first: list[int], **more) -> Encoded:
