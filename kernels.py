@@ -740,30 +740,53 @@ def _length_groups(cu_seqlens: Tensor, n_heads: int) -> list[tuple[Tensor, Tenso
     return groups
 
 
-def _group_scores(q, k, slopes, valid, i0):
-    """Scores of queries i0, i0+1, ... against all keys, fp32 or fp64: (b, H, s_q, s)."""
-    scores = _wide(q @ k.transpose(-1, -2)).mul_(q.shape[-1] ** -0.5)
+def _group_weights(q, k, slopes, valid, i0):
+    """Attention weights of queries i0, i0+1, ... over all keys, fp32 or fp64: (b, H, s_q, s)."""
+    scores = _wide(q @ k.mT).mul_(q.shape[-1] ** -0.5)
     if slopes is not None:
         i = torch.arange(i0, i0 + q.shape[2], device=q.device)
         scores += alibi_bias(slopes.to(scores.dtype), i, torch.arange(k.shape[2], device=q.device))
-    if valid is not None:
-        scores.masked_fill_(~valid[:, None, None, :], -math.inf)
-    return scores
+    if valid is not None:  # masked_fill_ takes a CPU ten times as long
+        scores += torch.zeros_like(valid, dtype=scores.dtype).masked_fill_(~valid, -math.inf)
+    return torch.softmax(scores, -1, out=scores)
 
 
-def _split_heads(x: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows (b, s) of x (T, ..., H, D) as a contiguous (..., b, H, s, D)."""
-    x = x[rows].to(dtype)
-    return (x.permute(2, 0, 3, 1, 4) if x.dim() == 5 else x.permute(0, 2, 1, 3)).contiguous()
+@functools.lru_cache(maxsize=4)  # the layers of a step, forward and backward, have the same
+def _cpu_layout(cu: tuple[int, ...], T: int, J: int, H: int, device: torch.device):
+    """How (T, J, H, D), its rows of D counted through, becomes the groups' (J, b, H, s, D) and they
+    become it again: [(rows (J, b, H, s) to take, valid (b, 1, s) or None)], and (T * J * H,) rows
+    of the groups end to end, or the one after them for what is in no document."""
+    groups, size, back = [], 0, torch.full((T * J * H,), -1, device=device)
+    j, h = torch.arange(J, device=device)[:, None, None, None], torch.arange(H, device=device)
+    for rows, valid in _length_groups(torch.tensor(cu, device=device), H):
+        take = (rows[:, None] * J + j) * H + h[:, None]
+        place = torch.arange(size, size + take.numel(), device=device).view_as(take)
+        valid = None if valid is None else valid[:, None]
+        real = slice(None) if valid is None else valid.expand_as(take)
+        back[take[real]] = place[real]
+        groups.append((take, valid))
+        size += take.numel()
+    return groups, torch.where(back < 0, size, back)
 
 
-def _merge_heads_into(out: Tensor, x: Tensor, rows: Tensor, valid: Tensor | None) -> None:
-    """Write x (b, H, s, D) to rows (b, s) of out (T, H, D), leaving out the padded positions."""
-    x = x.transpose(1, 2).to(out.dtype)
-    if valid is None:
-        out[rows.flatten()] = x.flatten(0, 1)
-    else:
-        out[rows[valid]] = x[valid]
+def _take(x: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    x = x.reshape(-1, x.shape[-1]).index_select(0, rows.flatten())
+    return x.to(dtype).view(*rows.shape, -1)
+
+
+def _put(parts: list[Tensor], back: Tensor, like: Tensor) -> Tensor:
+    """The inverse: the groups' parts in order to a tensor like `like`; what is in none is zero."""
+    D = like.shape[-1]
+    zero = torch.zeros(1, D, dtype=parts[0].dtype if parts else like.dtype, device=like.device)
+    x = torch.cat([*(part.reshape(-1, D) for part in parts), zero])
+    return x.index_select(0, back).to(like.dtype).view(like.shape)
+
+
+def _rotate_(x: Tensor, table: Tensor) -> Tensor:
+    """`rotate` in place, in half the time."""
+    wide = _wide(x)
+    torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(table)
+    return x if wide is x else x.copy_(wide)
 
 
 def keep_mask(
@@ -785,75 +808,78 @@ def _scaled_mask(like, generator, dropout_p) -> Tensor | None:
     if generator is None:
         return None
     keep, scale = keep_mask(like, dropout_p, generator)
-    return keep.to(like.dtype).mul_(scale)
+    return keep.view(torch.int8).to(like.dtype).mul_(scale)
 
 
-def _cpu_groups(qkv, cu_seqlens, rope_base, max_seqlen):
-    """What forward and backward step over: (rows (b, s), valid, q, k, v (b, H, s, D), RoPE's table
-    (s, D/2) or None, queries at a time) of each group of documents. bf16 stays for the matmuls, as
-    CPUs that have it are 6 times faster; no CPU has fp16."""
-    table, H, D = None, *qkv.shape[2:]
-    dtype = torch.float32 if qkv.dtype == torch.float16 else qkv.dtype
+def _cpu_groups(qkv, cu_seqlens, slopes, rope_base, max_seqlen, dout=None):
+    """What forward and backward step over: (q, k, v, gradient of the output if given (b, H, s, D),
+    RoPE's table (s, D/2) or None, [(queries, their weights over all keys)]) of each group of
+    documents. bf16 stays for the matmuls, as CPUs that have it are 6 times faster; no CPU has
+    fp16."""
+    (T, _, H, D), cu, device = qkv.shape, tuple(cu_seqlens.tolist()), qkv.device
+    dtype, table = torch.float32 if qkv.dtype == torch.float16 else qkv.dtype, None
     if rope_base:
-        table = _kept_rope_table(max_seqlen, D, rope_base, qkv.device, qkv.dtype)
-    for rows, valid in _length_groups(cu_seqlens, H):
-        (b, s), turn = rows.shape, None if table is None else table[: rows.shape[1]]
-        q, k, v = _split_heads(qkv, rows, dtype)
+        table = _kept_rope_table(max_seqlen, D, rope_base, device, qkv.dtype)
+    layouts = (_cpu_layout(cu, T, J, H, device)[0] for J in (3, 1))
+    for (take, valid), (take_out, _) in zip(*layouts):
+        q_k_v, (_, b, _, s) = _take(qkv, take, dtype), take.shape
+        turn = None if table is None else table[:s]
         if turn is not None:
-            q, k = rotate(q, turn).to(dtype), rotate(k, turn).to(dtype)
-        yield rows, valid, q, k, v, turn, max(1, SCORE_BUDGET // (b * H * s))
+            _rotate_(q_k_v[:2], turn)
+        q, k, v = q_k_v
+        do = None if dout is None else _take(dout, take_out[0], dtype)
+        if dout is not None and valid is not None:
+            do *= valid[..., None]
+        parts = range(0, s, max(1, SCORE_BUDGET // (b * H * s)))
+        mask = None if valid is None else valid[:, :, None]
+        queries = (slice(i0, i0 + parts.step) for i0 in parts)
+        yield q, k, v, do, turn, (
+            (i, _group_weights(q[:, :, i], k, slopes, mask, i.start)) for i in queries)
 
 
 def _attention_cpu(qkv, cu_seqlens, slopes, rope_base, max_seqlen, dropout_p, seed):
-    """out (T, H, D) and lse (H, T), the log2 of each row's softmax sum."""
-    T, _, H, D = qkv.shape
-    out, lse = qkv.new_zeros(T, H, D), _wide(qkv.new_empty(0)).new_zeros(T, H, 1)
-    generator = _generator(seed, dropout_p, qkv.device)
-    for rows, valid, q, k, v, _, chunk in _cpu_groups(qkv, cu_seqlens, rope_base, max_seqlen):
-        o, row_lse = [], []
-        for i0 in range(0, q.shape[2], chunk):
-            p = _group_scores(q[:, :, i0 : i0 + chunk], k, slopes, valid, i0)
-            m = p.amax(-1, keepdim=True)
-            p.sub_(m).exp_()
-            total = p.sum(-1, keepdim=True)
-            row_lse.append((m + total.log()) * LOG2E)
+    """out (T, H, D), and zeros for what Triton keeps for its backward."""
+    out, generator = [], _generator(seed, dropout_p, qkv.device)
+    for _, _, v, _, _, weights in _cpu_groups(qkv, cu_seqlens, slopes, rope_base, max_seqlen):
+        parts = []
+        for _, p in weights:
             mask = _scaled_mask(p, generator, dropout_p)
-            p = p if mask is None else p.mul_(mask)
-            o.append(_wide(p.to(v.dtype) @ v) / total)
-        _merge_heads_into(out, torch.cat(o, 2), rows, valid)
-        _merge_heads_into(lse, torch.cat(row_lse, 2), rows, valid)
-    return out, lse.squeeze(-1).t().contiguous()
+            parts.append((p if mask is None else p.mul_(mask)).to(v.dtype) @ v)
+        out.append(torch.cat(parts, 2) if len(parts) > 1 else parts[0])
+    T, _, H, _ = qkv.shape
+    _, back = _cpu_layout(tuple(cu_seqlens.tolist()), T, 1, H, qkv.device)
+    return _put(out, back, qkv[:, 0]), _wide(qkv.new_empty(0)).new_zeros(H, T)
+
+
+def _add(total: Tensor | None, x: Tensor) -> Tensor:
+    return x if total is None else _wide(x).add_(total)
 
 
 def _attention_backward_cpu(
-    dout, qkv, out, lse, cu_seqlens, slopes, rope_base, max_seqlen, dropout_p, seed
+    dout, qkv, cu_seqlens, slopes, rope_base, max_seqlen, dropout_p, seed
 ):
-    """The five matmuls of the backward: dqkv (T, 3, H, D). P is rebuilt from the scores and lse."""
-    dqkv = torch.zeros_like(qkv, memory_format=torch.contiguous_format)
-    lse, scale = lse.t().unsqueeze(-1), qkv.shape[-1] ** -0.5
-    generator = _generator(seed, dropout_p, qkv.device)
-    for rows, valid, q, k, v, turn, chunk in _cpu_groups(qkv, cu_seqlens, rope_base, max_seqlen):
-        do, o = _split_heads(dout, rows, q.dtype), _split_heads(out, rows, q.dtype)
-        row_lse = _split_heads(lse, rows, lse.dtype) / LOG2E  # (b, H, s, 1)
-        if valid is not None:
-            do.masked_fill_(~valid[:, None, :, None], 0)
-        delta = (_wide(do) * o).sum(-1, keepdim=True)
-        dq, dk, dv = (torch.zeros_like(x, dtype=delta.dtype) for x in (q, k, v))
-        for i0 in range(0, q.shape[2], chunk):
-            i = slice(i0, i0 + chunk)
-            p = _group_scores(q[:, :, i], k, slopes, valid, i0).sub_(row_lse[:, :, i]).exp_()
+    """The five matmuls of the backward: dqkv (T, 3, H, D)."""
+    dqkv, scale, generator = [], qkv.shape[-1] ** -0.5, _generator(seed, dropout_p, qkv.device)
+    groups = _cpu_groups(qkv, cu_seqlens, slopes, rope_base, max_seqlen, dout)
+    for q, k, v, do, turn, weights in groups:
+        grad, dk, dv = q.new_empty(3, *q.shape), None, None
+        for i, p in weights:
             mask = _scaled_mask(p, generator, dropout_p)
-            dv += (p if mask is None else p * mask).to(v.dtype).transpose(-1, -2) @ do[:, :, i]
-            ds = _wide(do[:, :, i] @ v.transpose(-1, -2))
-            ds = (ds if mask is None else ds.mul_(mask)).sub_(delta[:, :, i]).mul_(p).to(q.dtype)
-            dq[:, :, i] = ds @ k
-            dk += ds.transpose(-1, -2) @ q[:, :, i]
+            dropped = (p if mask is None else p * mask).to(q.dtype)
+            dv = _add(dv, dropped.mT @ do[:, :, i])
+            dp, p = do[:, :, i] @ v.mT, dropped if mask is None else p.to(q.dtype)
+            dp = dp if mask is None else dp.mul_(mask)
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+            grad[0, :, :, i] = ds @ k
+            dk = _add(dk, ds.mT @ q[:, :, i])
+        grad[1], grad[2] = dk, dv
         if turn is not None:
-            back = turn.conj_physical()  # a lazy conj() is lost in an op of a compiled graph
-            dq, dk = rotate(dq, back), rotate(dk, back)
-        for j, grad in enumerate((dq.mul_(scale), dk.mul_(scale), dv)):
-            _merge_heads_into(dqkv[:, j], grad, rows, valid)
-    return dqkv
+            _rotate_(grad[:2], turn.conj_physical())  # a lazy conj() is lost in a compiled graph
+        grad[:2].mul_(scale)
+        dqkv.append(grad)
+    T, _, H, _ = qkv.shape
+    _, back = _cpu_layout(tuple(cu_seqlens.tolist()), T, 3, H, qkv.device)
+    return _put(dqkv, back, qkv)
 
 
 def _cross_entropy_cpu(logits, labels, write):
@@ -863,16 +889,16 @@ def _cross_entropy_cpu(logits, labels, write):
     rows = max(64, SCORE_BUDGET // logits.shape[1])
     block = _wide(logits.new_empty(0)).new_empty(rows, logits.shape[1])
     for x, y in zip(logits.split(rows), labels[:, None].split(rows)):
-        own = x.gather(1, y)
-        hit = own == x.amax(1, keepdim=True)
+        p, own = block[: len(x)].copy_(x), x.gather(1, y)
+        top = p.amax(1, keepdim=True)
+        hit = own == top
         likely = hit[:, 0].nonzero()[:, 0]  # argmax, slow on a CPU, only settles ties
         hit[likely] = x[likely].argmax(1, keepdim=True) == y[likely]
         correct.append(hit)
-        p = block[: len(x)].copy_(x)
-        torch.log_softmax(p, 1, out=p)
-        losses.append(-p.gather(1, y))
+        torch.softmax(p, 1, out=p)  # its largest is 1 / sum: half the time of log_softmax and exp
+        losses.append(top - p.amax(1, keepdim=True).log() - own)
         if write:
-            x.copy_(p.exp_().scatter_add_(1, y, -torch.ones_like(losses[-1])))
+            x.copy_(p.scatter_add_(1, y, -torch.ones_like(losses[-1])))
     return torch.cat(losses)[:, 0], torch.cat(correct)[:, 0].to(losses[0].dtype)
 
 
@@ -977,8 +1003,8 @@ def _attention_backward(
     if use_triton:
         saved = dout, out, lse
         return _attention_triton(qkv, cu_seqlens, slopes, rope_base, max_seqlen, saved)
-    saved = dout, qkv, out, lse, cu_seqlens, slopes
-    return _attention_backward_cpu(*saved, rope_base, max_seqlen, dropout_p, seed)
+    how = rope_base, max_seqlen, dropout_p, seed
+    return _attention_backward_cpu(dout, qkv, cu_seqlens, slopes, *how)
 
 
 _attention_backward.register_fake(lambda dout, qkv, *_: qkv.new_empty(qkv.shape))
@@ -1116,7 +1142,7 @@ def dropout(x: Tensor, dropout_p: float) -> Tensor:
     if not dropout_p or x.device.type != "cpu" or compiling:
         return F.dropout(x, dropout_p)
     keep, scale = keep_mask(x, dropout_p)
-    return (x * keep).mul_(scale)
+    return (x * keep.view(torch.int8).to(x.dtype)).mul_(scale)  # from bool it takes 3 times as long
 
 
 def geglu(h: Tensor, dropout_p: float = 0.0) -> Tensor:

@@ -283,15 +283,15 @@ def test_one_long_document_among_many_short_ones_stays_within_memory(monkeypatch
     """Scores are held for one length class, and one block of queries, at a time."""
     monkeypatch.setattr(kernels, "SCORE_BUDGET", 20_000)
     lengths = [3] * 500 + [900] + [2] * 500
-    largest, scores = 0, kernels._group_scores
+    largest, weights = 0, kernels._group_weights
 
     def spy(*args):
         nonlocal largest
-        s = scores(*args)
+        s = weights(*args)
         largest = max(largest, s.numel())
         return s
 
-    monkeypatch.setattr(kernels, "_group_scores", spy)
+    monkeypatch.setattr(kernels, "_group_weights", spy)
     qkv, dout = draw(lengths, 2, 16)
     ours = attend(qkv, dout, lengths, alibi_slopes(2), rope_base=1e3)
     assert largest <= 20_000
