@@ -110,8 +110,8 @@ def read_variant(text: str) -> tuple[str, list[str]]:
     name, colon, pairs = text.partition(":")
     parts, flags = [pair.partition("=") for pair in pairs.split(",")], []
     if not (re.fullmatch(r"[\w.-]+", name) and colon and all(key and eq for key, eq, _ in parts)):
-        raise SystemExit(f"error: --vary {text}: write NAME:flag=value,flag=value, as in "
-                         "adamw:optimizer=adamw,lr=2e-3")
+        raise BadInput(f"--vary {text}: write NAME:flag=value,flag=value, as in "
+                       "adamw:optimizer=adamw,lr=2e-3")
     for key, _, value in parts:
         off = "--" + re.sub(r"(\w+)$", r"no_\1", key)
         flags += {"True": [f"--{key}"], "False": [off]}.get(value, [f"--{key}", *value.split()])
@@ -119,16 +119,16 @@ def read_variant(text: str) -> tuple[str, list[str]]:
 
 
 def make_variants(cfg: Config) -> list[Variant]:
-    """Each preset as it is, then its variants. SystemExit (one line) for impossible settings."""
+    """Each preset as it is, then its variants. BadInput for impossible settings."""
     presets, variants = recipes.make_presets(), []
     if unknown := set(cfg.presets) - presets.keys():
-        raise SystemExit(f"error: no preset {min(unknown)}; choose from {', '.join(presets)}")
+        raise BadInput(f"no preset {min(unknown)}; choose from {', '.join(presets)}")
     if not (cfg.presets and cfg.seeds and cfg.budgets):
-        raise SystemExit("error: a sweep needs at least one preset, one seed and one budget")
+        raise BadInput("a sweep needs at least one preset, one seed and one budget")
     for preset, (change, own) in product(cfg.presets, [("", []), *map(read_variant, cfg.vary)]):
         flags = ["--schedule", "wsd", *shlex.split(cfg.flags), *own]  # of two the last counts
         if taken := OURS & {flag[2:].partition("=")[0] for flag in flags if flag[:2] == "--"}:
-            raise SystemExit(f"error: --{min(taken)} is set by the sweep; leave it out")
+            raise BadInput(f"--{min(taken)} is set by the sweep; leave it out")
         config = tyro.extras.overridable_config_cli(presets, args=[preset, *flags],
                                                     use_underscores=True)
         recipes.check_config(config, 1)
@@ -137,10 +137,10 @@ def make_variants(cfg: Config) -> list[Variant]:
         name = preset + f"+{change}" * bool(change)
         variants.append(Variant(name, preset, change, flags, config, stem))
     if len({v.name for v in variants}) < len(variants):
-        raise SystemExit("error: two presets or two variants have the same name")
+        raise BadInput("two presets or two variants have the same name")
     if len({(v.cfg.seq_len, v.cfg.eval_tokens) for v in variants}) > 1:
-        raise SystemExit("error: with other --seq_len or --eval_tokens losses are on other text; "
-                         "give such variants a sweep of their own")
+        raise BadInput("with other --seq_len or --eval_tokens losses are on other text; "
+                       "give such variants a sweep of their own")
     return variants
 
 
@@ -155,8 +155,8 @@ def measured_ratios(cfg: Config, variants: list[Variant]) -> dict[str, float]:
     for name in [v.name for v in variants]:
         own, first = speeds[name], speeds[variants[0].name]
         if not (both := own.keys() & first.keys()):
-            raise SystemExit(f"error: --speeds_of {cfg.speeds_of}: no run of {name} with a seed "
-                             f"and budget of {variants[0].name}")
+            raise BadInput(f"--speeds_of {cfg.speeds_of}: no run of {name} with a seed "
+                           f"and budget of {variants[0].name}")
         ratios[name] = median(own[run] / first[run] for run in both)
     return ratios
 
@@ -166,24 +166,24 @@ def tokens_of_budgets(cfg: Config, variants: list[Variant],
     """{variant: {budget: tokens}}; at equal time their number follows the `ratios` of speeds, which
     are empty at equal tokens. Budgets are whole multiples of a unit, and the unit is rounded to
     whole steps on both sides of the branching point, so that each branches off a checkpoint
-    exactly; at equal tokens, to the same number for all. SystemExit (one line) where that would
-    change a budget by more than 5 %."""
+    exactly; at equal tokens, to the same number for all. BadInput where that would change a budget
+    by more than 5 %."""
     if any(b != int(b) or b < 1 for b in cfg.budgets) or len(set(cfg.budgets)) < len(cfg.budgets):
-        raise SystemExit("error: --budgets: give different whole numbers, as in 2e6 4e6 8e6")
+        raise BadInput("--budgets: give different whole numbers, as in 2e6 4e6 8e6")
     unit, tokens = math.gcd(*map(int, cfg.budgets)), {}
     grains = {v.name: v.cfg.batch_tokens * v.stem.denominator for v in variants}
     if not ratios:
         grains = dict.fromkeys(grains, math.lcm(*grains.values()))
     for v in variants:
         if min(cfg.budgets) * v.stem < v.cfg.warmup * max(cfg.budgets) * (v.stem < 1):
-            raise SystemExit(f"error: {v.name}: the smallest budget would branch off in the warm-"
-                             "up of the largest one's run; choose closer budgets")
+            raise BadInput(f"{v.name}: the smallest budget would branch off in the warm-"
+                           "up of the largest one's run; choose closer budgets")
         grain, wanted = grains[v.name], unit * ratios.get(v.name, 1)
         n = round(wanted / grain)
         if abs(n * grain - wanted) > 0.05 * wanted:
-            raise SystemExit(f"error: {v.name}: the budgets' unit of {wanted:,.0f} tokens is not a "
-                             "whole number of steps on both sides of the branching point; choose "
-                             f"budgets in multiples of {grain:,} tokens, or larger ones")
+            raise BadInput(f"{v.name}: the budgets' unit of {wanted:,.0f} tokens is not a "
+                           "whole number of steps on both sides of the branching point; choose "
+                           f"budgets in multiples of {grain:,} tokens, or larger ones")
         tokens[v.name] = {b: int(b) // unit * n * grain for b in cfg.budgets}
     return tokens
 
@@ -319,7 +319,7 @@ def collect(cfg: Config, jobs: list[Job]) -> list[dict]:
 
 
 def check_sweep(cfg: Config, tokens: dict, state: Path, results: Path) -> None:
-    """Refuse what would mix two sweeps under one name. SystemExit (one line)."""
+    """BadInput for what would mix two sweeps under one name."""
     metas = [Path(re.sub(r":[\d.]+$", "", folder), "meta.json") for folder in cfg.data]
     now = {"--data": cfg.data, "--budgets": cfg.budgets, "--flags": cfg.flags,
            "--equal": "time" if cfg.speeds_of else "tokens",
@@ -330,20 +330,20 @@ def check_sweep(cfg: Config, tokens: dict, state: Path, results: Path) -> None:
         now["tokens"] = [*next(iter(tokens.values())).values()]
     now, old = json.loads(json.dumps(now)), saved(state / "sweep.json")
     if differ := "; ".join(f"{k} {v} -> {now.get(k)}" for k, v in old.items() if now.get(k) != v):
-        raise SystemExit(f"error: {state.parent} holds a sweep with {differ}; give this one "
-                         "another --name")
+        raise BadInput(f"{state.parent} holds a sweep with {differ}; give this one "
+                       "another --name")
     if not old and (results / "records.jsonl").exists():
-        raise SystemExit(f"error: {results} holds results of other runs than in {state.parent}; "
-                         "give another --name")
+        raise BadInput(f"{results} holds results of other runs than in {state.parent}; "
+                       "give another --name")
     if not cfg.dry_run:
         make_folder(results)
         write_atomically(state / "sweep.json", to_json(now))
 
 
 def sweep(cfg: Config) -> int:
-    """Run or continue a sweep; returns the exit code. SystemExit (one line) for bad input."""
+    """Run or continue a sweep; returns the exit code. BadInput for what cannot work."""
     if not cfg.name.strip(".") or Path(cfg.name).name != cfg.name:
-        raise SystemExit(f"error: --name {cfg.name!r}: give the name of a folder, without a path")
+        raise BadInput(f"--name {cfg.name!r}: give the name of a folder, without a path")
     variants, results = make_variants(cfg), Path(cfg.results, cfg.name)
     tokens = tokens_of_budgets(cfg, variants, measured_ratios(cfg, variants))
     state = Path(cfg.out, cfg.name, ".jobs")
