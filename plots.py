@@ -44,8 +44,6 @@ COSTS = {  # --x: name, key in logs, units
 METRICS = {  # --metric: name, unit, scale
     "glue": ("Dev score", " (%)", 100),
     "loss": ("Held-out MLM loss", " (nats)", 1),
-    "accuracy": ("Held-out MLM accuracy", " (%)", 100),
-    "pseudo_perplexity": ("Held-out pseudo-perplexity", "", 1),
     "blimp": ("Accuracy on BLiMP", " (%)", 100),
 }
 plt.switch_backend("Agg")  # files only: works without a display
@@ -81,19 +79,21 @@ def points(scores: list[dict]) -> list[Point]:
     A run's score: mean over seeds, then over tasks. A sweep's runs of one preset, variant and
     budget (one `line`, one `at`) are averaged, with the error over runs. A single run has the
     error over its fine-tuning seeds, tasks taken as independent: sqrt(sum of squared errors) /
-    tasks, to which a task with one seed adds nothing.
+    tasks, to which a task with one seed adds nothing; of BLiMP, the record's.
     """
     groups, costs = defaultdict(lambda: defaultdict(lambda: defaultdict(list))), defaultdict(list)
+    recorded = {}
     for r in scores:
         key = r["line"], r["trained"], r["at"]
         groups[key][r["run"]][r["task"]].append(r["score"])
         costs[key].append(r["cost"])
+        recorded[key] = r.get("stderr", math.nan)
     found = []
     for key, runs in groups.items():
         jobs = [job for tasks in runs.values() for job in tasks.values()]
         y = [np.mean([np.mean(job) for job in tasks.values()]) for tasks in runs.values()]
         errors = [e for job in jobs if not math.isnan(e := standard_error(job))]
-        of_one = math.hypot(*errors) / len(jobs) if errors else math.nan
+        of_one = math.hypot(*errors) / len(jobs) if errors else recorded[key]
         err = standard_error(y) if len(y) > 1 else of_one
         found.append(Point(*key[:2], np.mean(costs[key]), np.mean(y), err, len(y),
                            max(map(len, jobs))))
@@ -194,7 +194,7 @@ def checkpoints(runs: list[Run], sweeps: list[Path], metric: str, x: Cost) -> li
         elif metric != "glue":
             table = zip(*(run.eval[c].tolist() for c in ("step", metric, log_key)))
             own = [{"task": metric, "step": step, "score": score, key: cost}
-                   for step, score, cost in table if step and math.isfinite(score)]
+                   for step, score, cost in table if step]
         found += [r | about | {"at": r["step"], "trained": r["step"] > 0, "cost": r.get(key),
                                "measures": list(r.get("metrics", ()))} for r in own]
     for sweep, r in rows:
@@ -255,8 +255,8 @@ def pareto(paths: Paths, out: Out = "plots/pareto.png", x: Cost = "seconds", tas
 
     Args:
         task: one fine-tuning task; without it, the mean over the tasks all checkpoints share.
-        metric: glue = fine-tuned score; blimp = of python -m studies.blimp; the others are of
-            masked tokens in held-out text.
+        metric: glue = fine-tuned score; loss = of masked tokens in held-out text; blimp = of
+            python -m studies.blimp.
         published: add GLUE averages of results/published.json as hollow markers.
     """
     folders, sweeps = find(paths)

@@ -438,7 +438,9 @@ def test_blimp_is_read_from_beside_the_run_the_record_of_most_pairs(tmp_path, dr
     assert list(lines["nano"].get_ydata()) == pytest.approx([72, 74])
     assert list(lines["nano"].get_xdata()) == [10, 20]
     assert [lines[f].get_color() for f in ("mosaic", "bert", "nano")] == plots.COLOURS[:3]
-    assert "Accuracy on BLiMP (%)" in texts_of(fig)
+    assert "Accuracy on BLiMP (%)" in texts_of(fig) and "bars: ± 1 standard error" in texts_of(fig)
+    (bar,) = fig.axes[0].containers[0].lines[2]  # the record's stderr, 0.01
+    assert np.ptp(bar.get_segments()[0][:, 1]) == pytest.approx(2)
     assert overlaps(fig) == ([], [])
 
 
