@@ -339,30 +339,21 @@ def test_learning_rate_schedules():
 
 
 def test_paper_recipes():
-    presets = recipes.make_presets()
-    for name, (_, cfg) in presets.items():
-        family, size = name.split("-")
-        assert size in ("tiny", "small") or cfg.batch_tokens == 4_096 * 128
-        if family != "nano":
-            assert cfg.masking == {"mosaic": "constant:0.3", "bert": "constant:0.15"}[family]
-    base = presets["mosaic-base"][1]
-    assert (base.lr, base.betas, base.eps) == (5e-4, (0.9, 0.98), 1e-6)
-    assert (base.warmup, base.final_lr) == (0.06, 0.02)
+    presets = {name: cfg for name, (_, cfg) in recipes.make_presets().items()}
     for name in ("mosaic-base", "mosaic-large", "bert-base", "bert-large"):
-        cfg = presets[name][1]
-        assert (cfg.optimizer, cfg.schedule) == ("adamw", "linear")
+        cfg = presets[name]
+        expected = ("constant:0.3", 0.0) if "mosaic" in name else ("constant:0.15", 0.1)
+        assert (cfg.masking, cfg.model.attention_dropout) == expected
+        assert cfg.lr == (5e-4 if "base" in name else 2e-4)
+        assert (cfg.optimizer, cfg.schedule, cfg.batch_tokens) == ("adamw", "linear", 4_096 * 128)
+        assert (cfg.betas, cfg.eps, cfg.warmup, cfg.final_lr) == ((0.9, 0.98), 1e-6, 0.06, 0.02)
         # torch's decay is lr × wd; the paper's is 1e-5 whatever the learning rate
         assert cfg.lr * cfg.weight_decay == pytest.approx(1e-5)
-    assert presets["bert-base"][1].model.attention_dropout == 0.1
-    assert base.model.attention_dropout == 0.0
     nano = dict(optimizer="muon", schedule="wsd", masking="linear:0.3:0.15")
-    tells_left_from_right = dict(position="rope-alibi", alibi_ratio=8.0)
-    model = replace(base.model, **tells_left_from_right)
-    assert presets["nano-base"][1] == replace(base, model=model, **nano)
-    nano |= dict(masking="constant:0.4", muon_lr=0.01)
-    tiny = presets["mosaic-tiny"][1]
-    model = replace(tiny.model, **tells_left_from_right)
-    assert presets["nano-tiny"][1] == replace(tiny, model=model, **nano)
+    for size, own in {"base": {}, "tiny": dict(masking="constant:0.4", muon_lr=0.01)}.items():
+        mosaic = presets[f"mosaic-{size}"]
+        model = replace(mosaic.model, position="rope-alibi", alibi_ratio=8.0)
+        assert presets[f"nano-{size}"] == replace(mosaic, model=model, **nano | own)
 
 
 # ------------------------------------------------------------ a run
@@ -436,6 +427,13 @@ def test_optimizers_hold_every_parameter_once_with_the_settings_given(kind):
     assert {names[id(p)] for g in muon for p in g["params"]} == expected
 
 
+def test_each_optimizer_steps_at_its_own_rate(curve):
+    run = curve("bert-tiny", 1)
+    adam, muon = (o["param_groups"][0]["lr"] for o in trainer(run, 25)["optimizers"])
+    assert adam == records(run, "train")[25]["lr"] < 2e-3
+    assert muon == pytest.approx(10 * adam), "0.02 and 2e-3 at the peak"
+
+
 def predictions(model: MaskedLM, batches: Batches, n: int, rate: float, seed: int):
     """(logits, labels) of the masked tokens of each of the first n micro-batches."""
     for m in range(n):
@@ -446,12 +444,17 @@ def predictions(model: MaskedLM, batches: Batches, n: int, rate: float, seed: in
                     masked_idx=masked), labels
 
 
-def test_each_optimizer_steps_at_its_own_rate(corpus_dir, tmp_path, monkeypatch, here):
-    original, made = pretrain.make_optimizers, []
-    monkeypatch.setattr(pretrain, "make_optimizers", lambda *a: made.extend(original(*a)) or made)
-    args = f"{FAST} --max_steps 2 --warmup 0 --schedule wsd --cooldown 0 --pppl_tokens 0"
-    here(command(corpus_dir, tmp_path, f"{args} --optimizer muon --lr 3e-4 --muon_lr 7e-3"))
-    assert [g["lr"] for o, _ in made for g in o.param_groups] == [3e-4, 7e-3]
+@torch.no_grad()
+def loss_and_accuracy(*args) -> dict[str, float]:
+    """Of all masked tokens of these predictions(), as a record of the log has them."""
+    logits, labels = map(torch.cat, zip(*predictions(*args)))
+    return {"loss": F.cross_entropy(logits, labels).item(),
+            "accuracy": (logits.argmax(-1) == labels).double().mean().item()}
+
+
+def assert_has(record: dict, found: dict[str, float]) -> None:
+    """The log has five digits."""
+    assert {k: record[k] for k in found} == pytest.approx(found, abs=2e-5)
 
 
 @pytest.mark.parametrize(("clip", "documents"), [(0.0, "first"), (0.0, "all"), (0.1, "all")])
@@ -485,39 +488,26 @@ def test_the_log_has_loss_and_accuracy_of_the_masked_tokens(stem, corpus_dir, tm
     args = f"{SMALL} --micro_tokens 128 --max_steps 2 --lr 0 --seed 3 --log_every 2"
     args += " --optimizer adamw"
     here(command(corpus_dir, tmp_path, f"{args} --start_from {stem}"))
-    model, tokenizer = MaskedLM.from_pretrained(stem), Tokenizer.load(corpus_dir)
-    batches = Batches([Corpus(corpus_dir)], tokenizer, 32, 128, "all", 3)
-    logits, labels = map(torch.cat, zip(*predictions(model, batches, 8, 0.3, 3)))
-    logged = records(tmp_path / "mosaic-tiny", "train")[2]
-    assert logged["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), abs=2e-5)
-    assert 0 < logged["accuracy"] == pytest.approx((logits.argmax(-1)
-                                                    == labels).double().mean().item(), abs=1e-5)
+    batches = Batches([Corpus(corpus_dir)], Tokenizer.load(corpus_dir), 32, 128, "all", 3)
+    found = loss_and_accuracy(MaskedLM.from_pretrained(stem), batches, 8, 0.3, 3)
+    assert found["accuracy"] > 0
+    assert_has(records(tmp_path / "mosaic-tiny", "train")[2], found)
 
 
-def test_dropout_differs_between_micro_batches_and_seeds(corpus_dir, tmp_path, monkeypatch, here):
-    original, seeds = MaskedLM.forward, {1: [], 2: []}
-    for seed, seen in seeds.items():
+def test_dropout_differs_between_micro_batches_and_seeds_and_autocast_is_on_for_bfloat16(
+        corpus_dir, tmp_path, monkeypatch, here):
+    original, seeds, dtypes = MaskedLM.forward, [], set()
 
-        def spy(self, *args, seen=seen, **kwargs):
-            seen += [torch.initial_seed()] * self.training
-            return original(self, *args, **kwargs)
-
-        monkeypatch.setattr(MaskedLM, "forward", spy)
-        args = f"{FAST} --micro_tokens 128 --max_steps 2 --pppl_tokens 0 --seed {seed}"
-        here(command(corpus_dir, tmp_path, f"{args} --name s{seed}"))
-    assert len(seeds[1]) == 8 and len({*seeds[1], *seeds[2]}) == 16
-
-
-def test_autocast_is_on_for_bfloat16(corpus_dir, tmp_path, monkeypatch, here):
-    original, seen = MaskedLM.forward, set()
-
-    def spy(self, *a, **k):
-        seen.add(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
-        return original(self, *a, **k)
+    def spy(self, *args, **kwargs):
+        seeds.extend([torch.initial_seed()] * self.training)
+        dtypes.add(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        return original(self, *args, **kwargs)
 
     monkeypatch.setattr(MaskedLM, "forward", spy)
-    here(command(corpus_dir, tmp_path, f"{FAST} --max_steps 1 --pppl_tokens 0 --dtype bfloat16"))
-    assert seen == {torch.bfloat16}
+    for seed in (1, 2):
+        args = f"{FAST} --micro_tokens 128 --max_steps 2 --pppl_tokens 0 --dtype bfloat16"
+        here(command(corpus_dir, tmp_path, f"{args} --seed {seed} --name s{seed}"))
+    assert len({*seeds}) == len(seeds) == 16 and dtypes == {torch.bfloat16}
 
 
 def test_time_of_evaluation_is_not_training_time(corpus_dir, tmp_path, monkeypatch, here):
@@ -872,40 +862,22 @@ def test_a_branch_that_cannot_be_is_one_line(stem, foreign_corpus, tmp_path, her
 # ------------------------------------------------------------ mixtures
 
 
-def spy_on_batches(monkeypatch, seq_len: int = 32) -> dict[int, torch.Tensor]:
-    """micro-batch -> its documents before masking, of everything a run trains on."""
-    seen, original = {}, pretrain.mask_tokens
-
-    def spy(batch, tokenizer, n, corruption, seed, m, device):
-        if seed:  # evaluation's is 0
-            seen[m] = [tuple(d.tolist())
-                       for d in batch.input_ids.tensor_split(batch.cu_seqlens[1:-1].long())]
-        return original(batch, tokenizer, n, corruption, seed, m, device)
-
-    monkeypatch.setattr(pretrain, "mask_tokens", spy)
-    return seen
-
-
-def windows(corpus_dir: Path, seq_len: int = 32) -> set[tuple]:
-    """Every window of a corpus's training documents, as batches hold it."""
-    tokenizer, n = Tokenizer.load(corpus_dir), seq_len - 2
-    return {(tokenizer.cls_id, *document[i : i + n].tolist(), tokenizer.sep_id)
-            for document in Corpus(corpus_dir) for i in range(0, len(document), n)}
-
-
 def test_a_mixture_is_drawn_by_its_shares_and_other_shares_are_another_run(
         corpus_dir, other_corpus, tmp_path, monkeypatch, here):
-    seen = spy_on_batches(monkeypatch)
+    original, seen = pretrain.mask_tokens, set()
+    monkeypatch.setattr(pretrain, "mask_tokens", lambda batch, *rest: (
+        seen.add(tuple(batch.input_ids.tolist())), original(batch, *rest))[1])
 
     def go(a, b):
         data = ["--data", f"{corpus_dir}:{a}", "--data", f"{other_corpus}:{b}"]
-        args = f"{FAST} --micro_tokens 256 --max_steps 9 --eval_every 1000 --out {tmp_path}".split()
+        args = f"{FAST} --micro_tokens 256 --max_steps 2 --out {tmp_path}".split()
         return here(["pretrain.py", "mosaic-tiny", *data, *args])
 
     go(0.8, 0.2)
-    documents = [d for m in seen.values() for d in m[:-1]]  # the last one is cut
-    share = np.mean([d in windows(corpus_dir) for d in documents])
-    assert len(documents) > 100 and abs(share - 0.8) < 0.15, "4 standard deviations"
+    for split, documents, seed in (("train", "all", 17), ("val", "all", 0)):
+        corpora = [Corpus(folder, split) for folder in (corpus_dir, other_corpus)]
+        how = Tokenizer.load(corpus_dir), 32, 256 if seed else 512, documents, seed, [0.8, 0.2]
+        assert tuple(Batches(corpora, *how)(0).input_ids.tolist()) in seen, split
     assert "is finished" in go(0.8, 0.2)
     with pytest.raises(SystemExit) as e:
         go(0.6, 0.4)
@@ -936,28 +908,9 @@ def test_shares_are_read_as_written():
 # ------------------------------------------------------------ evaluation
 
 
-def padded(documents: list[torch.Tensor], pad_id: int) -> dict[str, torch.Tensor]:
-    ids = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True, padding_value=pad_id)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(d) for d in documents],
-                                           batch_first=True)
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def padded_eval_loss(call, corpus_dir: Path) -> float:
-    """Loss of `call` (padded ids, mask -> logits) on evaluation's masks, document by document."""
-    tokenizer, total, count = Tokenizer.load(corpus_dir), 0.0, 0
-    batches = Batches([Corpus(corpus_dir, "val")], tokenizer, 32, 512, "all", 0)
-    n = count_masked(batches, 0, 0.15)
-    batch = batches(0)
-    ids, masked_idx, labels = mask_tokens(batch, tokenizer, n, "80/10/10", 0, 0, CPU)
-    for a, b in zip(batch.cu_seqlens.tolist(), batch.cu_seqlens[1:].tolist()):
-        mine = (masked_idx >= a) & (masked_idx < b)
-        logits = call(**padded([ids[a:b]], tokenizer.pad_id))[0, masked_idx[mine] - a]
-        total += torch.nn.functional.cross_entropy(logits.double(), labels[mine],
-                                                   reduction="sum").item()
-        count += int(mine.sum())
-    assert count == n > 50
-    return total / n
+def held_out(corpus_dir: Path, micro_tokens: int) -> Batches:
+    corpus, tokenizer = Corpus(corpus_dir, "val"), Tokenizer.load(corpus_dir)
+    return Batches([corpus], tokenizer, 32, micro_tokens, "all", 0)
 
 
 def small_evaluation() -> None:
@@ -971,37 +924,25 @@ def test_evaluation_adds_up_over_micro_batches_and_processes(corpus_dir, tmp_pat
     args += " --lr 3e-2 --warmup 0 --eval_tokens 4096"
     run(corpus_dir, tmp_path, args, procs=procs, fault=small_evaluation)
     found = records(tmp_path / "mosaic-tiny", "eval")[20]
-    model, tokenizer = MaskedLM.from_pretrained(tmp_path
-                                                / "mosaic-tiny").eval(), Tokenizer.load(corpus_dir)
-    batches = Batches([Corpus(corpus_dir, "val")], tokenizer, 32, 128, "all", 0)
-    logits, labels = map(torch.cat, zip(*predictions(model, batches, 4096 // 128, 0.15, 0)))
-    assert found["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), abs=2e-5)
-    assert 0 < found["accuracy"] == pytest.approx((logits.argmax(-1)
-                                                   == labels).double().mean().item(), abs=1.1e-5)
+    model, batches = MaskedLM.from_pretrained(tmp_path / "mosaic-tiny"), held_out(corpus_dir, 128)
+    assert found["accuracy"] > 0
+    assert_has(found, loss_and_accuracy(model.eval(), batches, 4096 // 128, 0.15, 0))
     batch, alone = batches(0), []
     for i in (~batch.special).nonzero().flatten()[:40]:
-        hidden = batch.input_ids.index_fill(0, i, tokenizer.mask_id)
+        hidden = batch.input_ids.index_fill(0, i, batches.tokenizer.mask_id)
         logits = model(hidden, cu_seqlens=batch.cu_seqlens, max_seqlen=32, masked_idx=i[None])
         alone.append(F.cross_entropy(logits, batch.input_ids[i][None]).item())
     assert found["pseudo_perplexity"] == pytest.approx(np.exp(np.mean(alone)), rel=1e-4)
 
 
-@torch.no_grad()
 def test_evaluation_is_the_same_whatever_the_training_settings(stem, corpus_dir, tmp_path):
     """Before a first step has changed the weights; --start_from brings those of the stem."""
     expected = records(stem, "eval")[50]
-    loss = padded_eval_loss(MaskedLM.from_pretrained(stem).eval(), corpus_dir)
-    assert expected["loss"] == pytest.approx(loss, abs=2e-5)
-    args = f"{SMALL} --pppl_tokens 256 --start_from {stem}"
-    for i, (other, procs) in enumerate(
-        [
-            ("--seed 1 --masking constant:0.15", 1),
-            ("--masking linear:0.5:0.1 --corruption mask --documents first", 1),
-            ("--micro_tokens 128 --batch_tokens 1024", 2),
-        ]
-    ):
-        run(corpus_dir, tmp_path / str(i), f"{args} --max_steps 2 --eval_every 1 {other}",
-            procs=procs)
+    args = f"{SMALL} --max_steps 2 --eval_every 1 --pppl_tokens 256 --start_from {stem}"
+    for i, (other, procs) in enumerate([
+            ("--seed 1 --masking linear:0.5:0.1 --corruption mask --documents first", 1),
+            ("--micro_tokens 128 --batch_tokens 1024", 2)]):
+        run(corpus_dir, tmp_path / str(i), f"{args} {other}", procs=procs)
         found = records(tmp_path / str(i) / "mosaic-tiny", "eval")  # lr 0 in step 1
         for k, precision in (("loss", 1.1e-5), ("accuracy", 1.1e-5),
                              ("pseudo_perplexity", 1e-5 * expected["pseudo_perplexity"])):
@@ -1040,17 +981,13 @@ START = f"{SMALL} --max_steps 8 --lr 1e-2 --checkpoint_every 4 --eval_every 1 --
 
 
 def test_pretraining_goes_on_from_a_bert_saved_by_transformers(bert, bert_corpus, tmp_path, here):
-    from transformers import BertForMaskedLM
-
+    """That they compute the same: test_model.py."""
     args = f"{START} --start_from {bert}"
     run(bert_corpus, tmp_path / "whole", args, preset="bert-tiny")
     folder = tmp_path / "whole/bert-tiny"
-    theirs = BertForMaskedLM.from_pretrained(bert).eval()
-    with torch.no_grad():
-        expected = padded_eval_loss(lambda **x: theirs(**x).logits, bert_corpus)
-    found = records(folder, "eval")
-    assert found[1]["loss"] == pytest.approx(expected,
-                                             abs=2e-5), "the first step has a learning rate of 0"
+    theirs, found = MaskedLM.from_pretrained(bert).eval(), records(folder, "eval")
+    # the first step has a learning rate of 0
+    assert_has(found[1], loss_and_accuracy(theirs, held_out(bert_corpus, 512), 1, 0.15, 0))
     assert found[8]["loss"] < found[1]["loss"]
     assert Tokenizer.load(folder / "ckpt/step_00000008").same_as(Tokenizer.load(bert_corpus))
     run(bert_corpus, tmp_path / "killed", args, "bert-tiny",
