@@ -18,6 +18,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -241,6 +242,12 @@ def assert_same_checkpoint(a: Path, b: Path) -> None:
     assert len(flat[0]) == len(flat[1])
     for x, y in zip(*flat):
         assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """To the last bit, and nothing is left half-written."""
+    assert_same_checkpoint(find_checkpoints(a)[-1], find_checkpoints(b)[-1])
+    assert torch.equal(losses(a), losses(b)) and not list(b.glob("ckpt/*.tmp"))
 
 
 def one_line(e: pytest.ExceptionInfo) -> str:
@@ -595,11 +602,7 @@ def test_resume_is_bit_exact_after_sigkill(corpus_dir, tmp_path):
     last = run(corpus_dir, tmp_path / "killed", args)
     assert "continuing at step" not in said[0] and "continuing at step 20" in last
     assert all(f"continuing at step {n} " in text for n, text in zip((5, 5, 10), said[1:])), said
-    whole, killed = (tmp_path / name / "mosaic-tiny" / "ckpt" / "step_00000040"
-                     for name in ("whole", "killed"))
-    assert_same_checkpoint(whole, killed)
-    assert torch.equal(losses(whole.parents[1]), losses(killed.parents[1]))
-    assert not list(killed.parent.glob("*.tmp"))
+    assert_same_run(tmp_path / "whole/mosaic-tiny", tmp_path / "killed/mosaic-tiny")
 
 
 @pytest.mark.slow
@@ -618,10 +621,7 @@ def test_resume_is_bit_exact_after_twenty_kills_at_random_moments(corpus_dir, tm
         steps.append(int(find_checkpoints(tmp_path / "killed/mosaic-tiny")[-1].name[5:]))
     print(f"killed after the checkpoints of steps {steps}")
     run(corpus_dir, tmp_path / "killed", args)
-    whole, killed = (tmp_path / name / "mosaic-tiny/ckpt/step_00000400"
-                     for name in ("whole", "killed"))
-    assert_same_checkpoint(whole, killed)
-    assert torch.equal(losses(whole.parents[1]), losses(killed.parents[1]))
+    assert_same_run(tmp_path / "whole/mosaic-tiny", tmp_path / "killed/mosaic-tiny")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -787,9 +787,7 @@ def test_a_killed_branch_continues_to_the_same_bits(stem, tmp_path):
             codes, output = Life(argv, tmp_path / f"{time.time_ns()}.txt", 1, fault).end()
             assert codes == [code], output
         assert ("continuing at step" in output) == bool(lives)
-        assert_same_checkpoint(tmp_path / name / "ckpt/step_00000050",
-                               tmp_path / "whole/ckpt/step_00000050")
-    assert torch.equal(losses(tmp_path / "whole"), losses(tmp_path / "killed"))
+        assert_same_run(tmp_path / "whole", tmp_path / name)
 
 
 def test_a_branch_may_differ_in_any_other_setting(stem, other_corpus, tmp_path, here):
@@ -882,14 +880,6 @@ def test_a_mixture_is_drawn_by_its_shares_and_other_shares_are_another_run(
     with pytest.raises(SystemExit) as e:
         go(0.6, 0.4)
     assert "other settings" in one_line(e) and "shares" in one_line(e)
-
-
-def test_corpora_with_different_tokenizers_are_refused(corpus_dir, foreign_corpus, tmp_path, here):
-    argv = ["pretrain.py", "mosaic-tiny", "--data", str(corpus_dir), "--data", str(foreign_corpus)]
-    with pytest.raises(SystemExit) as e:
-        here([*argv, "--out", str(tmp_path / "runs")])
-    assert "different tokenizers" in one_line(e) and str(foreign_corpus) in one_line(e)
-    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("data", [("a:0.7", "b"), ("a:0", "b:0"), ("a:0.0001", "b:1"),
@@ -993,8 +983,7 @@ def test_pretraining_goes_on_from_a_bert_saved_by_transformers(bert, bert_corpus
     run(bert_corpus, tmp_path / "killed", args, "bert-tiny",
         fault=functools.partial(signal_at, "rename", 2), code=-9)
     assert "continuing at step 4" in run(bert_corpus, tmp_path / "killed", args, "bert-tiny")
-    assert_same_checkpoint(*(tmp_path / name / "bert-tiny/ckpt/step_00000008"
-                             for name in ("whole", "killed")))
+    assert_same_run(tmp_path / "whole/bert-tiny", tmp_path / "killed/bert-tiny")
     stem = folder / "ckpt/step_00000004"  # a branch of such a run keeps the shape that was brought
     here(["pretrain.py", "bert-tiny", "--cooldown_from", str(stem), "--cooldown", "0.5"])
     last = tmp_path / "whole/bert-tiny-cooldown-4/ckpt/step_00000008"
@@ -1083,6 +1072,12 @@ def test_a_run_of_an_earlier_version_goes_on(stem, corpus_dir, tmp_path, here):
     with pytest.raises(SystemExit) as e:
         here(command(corpus_dir, tmp_path, f"{STEM} --grad_clip 1", preset="nano-tiny"))
     assert "grad_clip 0.0 -> 1.0" in one_line(e)
+    facts["train"]["corpus"] = ["0123456789abcdef"]
+    config.write_text(json.dumps(facts))
+    with pytest.raises(SystemExit) as e:
+        here(branch(tmp_path / "nano-tiny", 40, "--name", "of-a-corpus-prepared-anew"))
+    assert "not the corpus" in one_line(e)
+    assert not (tmp_path / "of-a-corpus-prepared-anew").exists()
 
 
 @pytest.mark.parametrize("used", [
@@ -1110,8 +1105,7 @@ def test_where_folders_lie_and_what_they_are_called_is_no_part_of_a_run(
         here(command(other_corpus, "moved", args, preset="nano-tiny"))
     assert "other settings (corpus)" in one_line(e)
     assert "continuing at step 40" in here(command("./link", "moved", args, preset="nano-tiny"))
-    assert_same_checkpoint(tmp_path / "moved/renamed/ckpt/step_00000050",
-                           stem / "ckpt/step_00000050")
+    assert_same_run(stem, tmp_path / "moved/renamed")
     begun = f"{START} --name begun --start_from"
     here(command("copy", "runs", f"{begun} moved/renamed"))
     (tmp_path / "moved").rename(tmp_path / "again")
@@ -1157,48 +1151,22 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
     assert not (tmp_path / "runs/mosaic-tiny/log.jsonl").exists()
 
 
-def test_a_branch_of_a_run_whose_corpus_was_prepared_anew_is_refused(stem, tmp_path, here):
-    shutil.copytree(stem, tmp_path / "first")
-    config = tmp_path / "first/config.json"
-    facts = read_json(config)
-    facts["train"]["corpus"] = ["0123456789abcdef"]
-    config.write_text(json.dumps(facts))
-    with pytest.raises(SystemExit) as e:
-        here(branch(tmp_path / "first", 40, "--out", str(tmp_path / "runs")))
-    assert "not the corpus" in one_line(e) and not (tmp_path / "runs").exists()
-
-
 # ------------------------------------------------------------ Weights & Biases
 
-FAKE_WANDB = """
-import json, pathlib
-class Board:
-    def __init__(self, settings): self.file = open(OUT, "a"); self.write(init=settings)
-    def write(self, **line): self.file.write(json.dumps(line) + "\\n")
-    def log(self, numbers, step): self.write(step=step, numbers=numbers)
-    def finish(self): self.write(finished=True); self.file.close()
-def init(**settings): return Board(settings)
-"""
-
-
 def test_wandb_receives_the_numbers_of_the_log(corpus_dir, tmp_path, monkeypatch, here):
-    board = tmp_path / "board.jsonl"
-    (tmp_path / "wandb.py").write_text(FAKE_WANDB.replace("OUT", repr(str(board))))
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", wandb := Mock())
     here(command(corpus_dir, tmp_path,
                  f"{FAST} --max_steps 6 --eval_every 3 --checkpoint_every 3 --wandb"))
-    sys.modules.pop("wandb")
-    first, *logged, last = map(json.loads, board.read_text().splitlines())
-    folder = tmp_path / "mosaic-tiny"
-    assert (first["init"]["config"]["train"]["max_steps"] == 6
-            and first["init"]["resume"] == "allow" and last["finished"])
-    assert [line["step"] for line in logged] == [1, 2, 3, 3, 4, 5, 6, 6]
-    for line in logged:
-        (kind,) = {k.split("/")[0] for k in line["numbers"]}
-        record = records(folder, kind)[line["step"]]
+    begun, board = wandb.init.call_args.kwargs, wandb.init.return_value
+    assert begun["config"]["train"]["max_steps"] == 6 and begun["resume"] == "allow"
+    board.finish.assert_called_once_with()
+    logged = [call.args for call in board.log.call_args_list]
+    assert [step for _, step in logged] == [1, 2, 3, 3, 4, 5, 6, 6]
+    for numbers, step in logged:
+        (kind,) = {name.split("/")[0] for name in numbers}
+        record = records(tmp_path / "mosaic-tiny", kind)[step]
         assert {f"{kind}/{k}": v for k, v in record.items() if k not in ("type", "step")
-                and v is not None} == line["numbers"]
+                and v is not None} == numbers
 
 
 # ----------------------------------------------------- no waits for the device
@@ -1281,6 +1249,7 @@ def test_no_step_waits_for_the_gpu(corpus_dir, tmp_path, monkeypatch, here, reci
     ("mosaic-tiny", "--data no/such/folder", "no/such/folder"),
     ("mosaic-tiny", "--data no/such/folder:0.5", "error: no/such/folder holds"),
     ("mosaic-tiny", "--data=", "holds no meta.json"),
+    ("mosaic-tiny", "--data OWN --data FOREIGN", "have different tokenizers; prepare all but"),
     ("mosaic-tiny", "--model.attention triton --model.attention_dropout .1", "at auto"),
     ("mosaic-tiny", "--cooldown 1.0", "--cooldown 1.0 are shares of one run"),
     ("mosaic-tiny", "--warmup 0.9 --cooldown 0.2", "are shares of one run"),
@@ -1288,14 +1257,13 @@ def test_no_step_waits_for_the_gpu(corpus_dir, tmp_path, monkeypatch, here, reci
     ("mosaic-tiny", "--eval_every 2.5", "every [2.5]: give whole steps, or a share of the run"),
     ("mosaic-tiny", "--pppl_tokens -1", "--pppl_tokens -1: too low"),
 ])
-def test_bad_settings_are_one_line_and_leave_nothing(monkeypatch, capsys, tmp_path, corpus_dir,
-                                                     preset, args, message):
+def test_bad_settings_are_one_line_and_leave_nothing(
+        here, tmp_path, corpus_dir, foreign_corpus, preset, args, message):
     if "cuda" in args and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
-    argv = ["pretrain.py", preset, "--out", str(tmp_path / "runs"), *args.split()]
-    monkeypatch.setattr(sys, "argv", argv if "--data" in args
-                        else [*argv, "--data", str(corpus_dir)])
+    args += " --data OWN" * ("--data" not in args)
+    args = args.replace("OWN", str(corpus_dir)).replace("FOREIGN", str(foreign_corpus))
     with pytest.raises(SystemExit) as e:
-        pretrain.main()
+        here(["pretrain.py", preset, "--out", str(tmp_path / "runs"), *args.split()])
     assert message in one_line(e)
     assert not (tmp_path / "runs").exists()
