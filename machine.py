@@ -109,8 +109,8 @@ def hardware_name(device: torch.device) -> str:
 
 
 def failure(error: Exception) -> str:
-    """Kind of the error and its first line: what a benchmark lists a failed contender with."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    """Kind of the error and its first lines: what a benchmark lists a failed contender with."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def report_path(mode: str, device: torch.device, out: str = "") -> Path:

@@ -20,9 +20,12 @@ import io
 import json
 import math
 import re
+import runpy
 import subprocess
+import sys
 import tempfile
 import traceback
+import weakref
 from collections import Counter, defaultdict
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
@@ -36,6 +39,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdKeyDictionary
 
 import checkpoint
 import kernels
@@ -77,6 +81,7 @@ class Config:
     preset: str
     layers: int = 0  # 0: the preset's
     compile: bool = False
+    micro_tokens: int = 0  # 0: the preset's
     chip: str = "H200"
     out: str = ""  # default: results/dryrun-<preset>-<layers>-<eager or compiled>-<chip>.json
 
@@ -205,9 +210,10 @@ class Recorder(TorchDispatchMode):
         _, processors, ghz, bandwidth = CHIPS[chip]
         # bytes, FLOPs, clocks of a multiprocessor in a second
         self.rates = 0.9e12 * bandwidth, 0.7e12 * peak_tflops(chip), 1e9 * ghz * processors
-        self.code = {}  # what was counted in the kernels compiled
+        self.code, self.in_op = {}, False  # what was counted in the kernels compiled
         self.phase, self.calls, self.waits, self.unexpected = "setup", *(Counter() for _ in "123")
         self.kernels = defaultdict(lambda: np.zeros(4))  # launches, bytes, FLOPs, seconds
+        self.storages, self.live, self.fixed, self.peak = WeakIdKeyDictionary(), 0, 0, 0  # bytes
         ops = [x for x in vars(kernels).values() if isinstance(x, torch.library.CustomOpDef)]
         self.bodies = {op._qualname: op._init_fn for op in ops}
 
@@ -217,6 +223,7 @@ class Recorder(TorchDispatchMode):
             self.calls[phase] += 1
             before = self.phase
             self.phase = phase if before in ("setup", "loop") else before
+            self.fixed = self.live if self.phase == phase == "forward" else self.fixed
             result = function(*args, **kwargs)
             self.phase = "loop" if phase == "optimizer" else before
             return result
@@ -239,6 +246,18 @@ class Recorder(TorchDispatchMode):
         self.wait("copy to the host")
         with unset_fake_temporarily():
             return torch.ones(tensor.shape, dtype=tensor.dtype)
+
+    def hold(self, tensor: torch.Tensor) -> None:
+        """Count the memory of a tensor as long as anything refers to it."""
+        storage = tensor.untyped_storage()
+        if storage not in self.storages:
+            self.storages[storage] = size = -(-storage.nbytes() // 512) * 512  # as the allocator
+            self.add(size)
+            weakref.finalize(storage, self.add, -size)
+
+    def add(self, size: int) -> None:
+        self.live += size
+        self.peak = max(self.peak, self.live)
 
     def clocks(self, kernel, grid: tuple, trips: float) -> float:
         """Clocks of one multiprocessor that a launch takes in the narrowest pipe, each of the
@@ -284,14 +303,18 @@ class Recorder(TorchDispatchMode):
             return 1.0 if inputs[0].is_floating_point() else 1
         by_mask = name.startswith("index") and any(x.dtype == torch.bool for x in inputs[1:])
         if on_gpu and (name in WAITING or by_mask):
-            self.note(f"wait ({name})")  # for a shape that depends on numbers: here is the end
-            raise SystemExit(f"error: the host waits for the GPU: {'; '.join(self.unexpected)}")
+            self.note(f"wait ({name})")
+            if not name.startswith("index_put"):  # a shape that depends on numbers: here is the end
+                raise RuntimeError(f"the host waits for the GPU: {'; '.join(self.unexpected)}")
         out = func(*args, **kwargs)
         if name == "_to_copy" and on_gpu and not out.is_cuda:
             return self.to_host(out)
         from_host = name in ("_to_copy", "copy_") and not inputs[-1].is_cuda
         if from_host and self.phase in IN_A_STEP and not hasattr(inputs[-1], "is_pinned_here"):
             self.note("blocking copy")
+        for x in tree_leaves(out):
+            if torch.is_tensor(x) and x.is_cuda and not self.in_op:
+                self.hold(x)
         given = {a.name: x for a, x in zip(func._schema.arguments, args)} | kwargs
         written = [given.get(a.name) for a in func._schema.arguments
                    if a.alias_info and a.alias_info.is_write and a.name != "out"]
@@ -307,8 +330,10 @@ class Recorder(TorchDispatchMode):
                 per_pair, n = (10 if "dout" in given else 4), given["max_seqlen"]
                 unread = given["out"].nbytes if "dout" in given and n <= 128 else 0
                 self.of_op = moved - unread, per_pair * given["qkv"].numel() // 3 * n
+            self.in_op = True  # its results are held already
             with self:
                 self.bodies[func._schema.name](*args, **kwargs)
+            self.in_op = False
         elif not func.is_view and name not in FREE and "empty" not in name:
             flops = flop_registry.get(func._overloadpacket, lambda *_, **__: 0)(*args, out_val=out)
             if flops:
@@ -321,6 +346,28 @@ class Recorder(TorchDispatchMode):
         return out
 
 
+def start(chip: str) -> Recorder:
+    """The chip is there, and what is asked of it recorded. For the whole process."""
+    pretend(chip)
+    recorder = Recorder(chip)
+    recorder.compile = JITFunction.run
+    JITFunction.run = lambda *args, **options: recorder.own(*args, **options)
+    FakeTensor.tolist = lambda tensor: recorder.to_host(tensor).tolist()
+    model.save_file = torch.save = lambda weights, path, **_: Path(path).write_bytes(b"")
+    through_inductor(recorder)
+    return recorder
+
+
+def rehearse(module: str, *args: str) -> None:
+    """`python -m module args` as on an H200, without numbers: does it run through?"""
+    event = SimpleNamespace(record=lambda: None, elapsed_time=lambda _: 1.0)
+    torch.cuda.Event, torch.cuda._sleep = (lambda **_: event), (lambda _: None)
+    torch.accelerator.synchronize = lambda: None
+    recorder, sys.argv = start("H200"), [module, *args]
+    with FakeTensorMode(allow_non_fake_inputs=True), recorder:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
 def dry_run(cfg: Config) -> dict:
     """Two steps of two micro-batches with an evaluation and a checkpoint after each, and what they
     asked of the chip. Once a process. SystemExit, one line, for what it does not know."""
@@ -328,13 +375,7 @@ def dry_run(cfg: Config) -> dict:
     for flag, value, known in (("--chip", cfg.chip, CHIPS), ("--preset", cfg.preset, presets)):
         if value not in known:
             raise SystemExit(f"error: {flag} {value}: choose from {', '.join(known)}")
-    pretend(cfg.chip)
-    recorder, wrap = Recorder(cfg.chip), pretrain.wrap
-    recorder.compile = JITFunction.run
-    JITFunction.run = lambda *args, **options: recorder.own(*args, **options)
-    FakeTensor.tolist = lambda tensor: recorder.to_host(tensor).tolist()
-    if cfg.compile:
-        through_inductor(recorder)
+    recorder, wrap = start(cfg.chip), pretrain.wrap
     pretrain.wrap = lambda *args: recorder.within("forward", wrap(*args))
     for phase, owner, name in [
         ("masking", pretrain, "mask_tokens"), ("masking", pretrain, "model_inputs"),
@@ -342,7 +383,6 @@ def dry_run(cfg: Config) -> dict:
         ("optimizer", torch.optim.Muon, "step"), ("evaluation", pretrain, "evaluate"),
         ("checkpoint", checkpoint.State, "is_finite"), ("log", runlog.RunLog, "train")]:
         setattr(owner, name, recorder.within(phase, getattr(owner, name)))
-    model.save_file = torch.save = lambda weights, path, **_: Path(path).write_bytes(b"")
     corpus, tokenizer = open_data("")  # random ids in documents as long as C4's
     corpus.n_tokens = int(corpus.lengths.sum())
     tokenizer.save = tokenizer.same_as = lambda _: None
@@ -350,6 +390,7 @@ def dry_run(cfg: Config) -> dict:
     checkpoint.Tokenizer = SimpleNamespace(load=lambda _: tokenizer)
 
     preset = presets[cfg.preset][1]
+    preset = replace(preset, micro_tokens=cfg.micro_tokens or preset.micro_tokens)
     shape = replace(preset.model, n_layers=cfg.layers or preset.model.n_layers)
     with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
         settings = replace(
@@ -358,7 +399,10 @@ def dry_run(cfg: Config) -> dict:
             compile="on" if cfg.compile else "off", checkpoint_every=1, log_every=1,
             eval_tokens=32_768, pppl_tokens=64)
         with FakeTensorMode(allow_non_fake_inputs=True), recorder:
-            run = pretrain.train(cfg.preset, settings)
+            try:
+                run = pretrain.train(cfg.preset, settings)
+            except RuntimeError as error:
+                raise SystemExit(f"error: {error}") if recorder.unexpected else error from None
         header = json.loads((run / "log.jsonl").read_text().splitlines()[0])
     times = dict.fromkeys(IN_A_STEP, recorder.calls["backward"])  # the optimizer's are the preset's
     times["optimizer"] = recorder.calls["optimizer"] * preset.batch_tokens / preset.micro_tokens
@@ -374,6 +418,7 @@ def dry_run(cfg: Config) -> dict:
     return dict(
         preset=cfg.preset, layers=shape.n_layers, chip=cfg.chip, compiled=cfg.compile,
         micro_tokens=preset.micro_tokens, modelled_tok_per_s=tok_per_s, modelled_mfu=mfu,
+        peak_gb=recorder.peak / 1e9, fixed_gb=recorder.fixed / 1e9,
         waits=dict(recorder.waits), graphs=counters["stats"]["unique_graphs"],
         graph_breaks=sum(counters["graph_break"].values()),
         unexpected=[f"{n} x {what}" for what, n in recorder.unexpected.items()],
@@ -389,12 +434,19 @@ def show(result: dict, n: int = 30) -> None:
         print(f"{phase:10}{kernel[:57]:58}" + "".join(f"{x:10.3f}" for x in numbers))
     print(f"MODELLED, {result['chip']}, micro-batches of {result['micro_tokens']:,}: "
           f"{result['modelled_tok_per_s']:,.0f} tokens/s, MFU {result['modelled_mfu']:.1%}")
+    a_token = (result["peak_gb"] - result["fixed_gb"]) / result["micro_tokens"]
+    fits = {gb: int((0.95 * gb - 1 - result["fixed_gb"]) / a_token) for gb in (24, 40, 80, 141)}
+    print(f"peak {result['peak_gb']:.1f} GB, of which weights, gradients, optimizer "
+          f"{result['fixed_gb']:.1f}; micro-batches that fit {fits}")
     print(f"{result['graphs']} graphs, {result['graph_breaks']} breaks, waits {result['waits']}")
     print(*(f"unexpected: {line}" for line in result["unexpected"]), sep="\n")
 
 
 def main(args: list[str] | None = None) -> None:
     """Command line; `args` replaces sys.argv[1:] in tests."""
+    args = sys.argv[1:] if args is None else args
+    if args[:1] == ["rehearse"]:
+        return rehearse(*args[1:])
     cfg = read_command_line(Config, args, positional=True)
     report_path("dryrun", torch.device("cpu"), cfg.out)
     show(result := dry_run(cfg))

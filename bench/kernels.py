@@ -135,7 +135,7 @@ def attention_peers(qkv, dout, lengths: list[int], slopes, device: str = "cuda")
     n, B = max(lengths), len(lengths)
     cu = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
     sizes = torch.tensor(lengths, device=device)
-    document = torch.arange(B, device=device).repeat_interleave(sizes).int()
+    document = torch.arange(B, device=device).repeat_interleave(sizes, output_size=T).int()
 
     def leaves(*xs):
         return [x.detach().contiguous().requires_grad_() for x in xs]
@@ -187,7 +187,9 @@ def bench_attention(cfg: Config, timer: Timer, roofline: dict, n: int) -> list[d
 # -------------------------------------------------------------------------------------- pointwise
 def pointwise_bytes(T: int, d: int, V: int, M: int) -> dict:
     """{kernel: bytes that must move in bf16, (forward, backward)}."""
+    ff = 4 * d
     return {
+        "geglu, dropout 0.1": (6 * T * ff, 10 * T * ff),  # h in, product out; both in, dh out
         "masked_cross_entropy": (2 * M * V, 2 * M * V),  # logits in; gradient out
         "gather_rows (unpad)": (2 * 2 * M * d, 2 * (M + T) * d),  # backward: a scatter, with zeros
         "scatter_rows (pad)": (2 * (M + T) * d, 2 * 2 * M * d),
@@ -214,6 +216,9 @@ def bench_pointwise(cfg: Config, timer: Timer, roofline: dict) -> list[dict]:
     labels = torch.randint(V, (M,), device="cuda")
     where = torch.randperm(T, device="cuda")[:M].sort().values
     cases = {  # ours, reference, input, output
+        "geglu, dropout 0.1": (
+            lambda x: kernels.geglu(x, 0.1),
+            lambda x: F.dropout(kernels.geglu_reference(x), 0.1), (T, 8 * d), (T, 4 * d)),
         "masked_cross_entropy": (
             lambda x: FusedCrossEntropy.apply(x, labels),
             lambda x: F.cross_entropy(x.float(), labels, reduction="sum"), (M, V), ()),

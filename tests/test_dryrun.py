@@ -2,6 +2,7 @@
 because it changes what torch.cuda says."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ if not shutil.which("g++"):
     pytest.skip("the dry run needs g++, which is not installed here", allow_module_level=True)
 
 from bench.dryrun import main
+
+ROOT = Path(__file__).parents[1]
 
 # in each micro-batch a wait and a copy from memory that is not pinned; then an index by a mask
 PLANTS = """
@@ -32,8 +35,7 @@ pretrain.mask_tokens = planted
 def dry_run(out: Path, *arguments: str, plants: str = ""):
     """The report and the finished process."""
     code = f"{plants}\nfrom bench.dryrun import main\nmain({[*arguments, '--out', str(out)]})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1],
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     return json.loads(out.read_text()) if out.exists() else {}, done
 
 
@@ -44,10 +46,16 @@ def test_a_step_waits_for_nothing_and_every_operation_has_a_kernel(preset, tmp_p
     assert result["unexpected"] == []
     assert result["waits"] == {"log": 2, "evaluation": 2, "checkpoint": 2}
     rows = {(row["phase"], row["kernel"]): row for row in result["kernels"]}
+    adamw = rows["optimizer", "_fused_adamw_"]["gb"]  # a micro-batch's eighth of 32 bytes a weight
+    assert result["fixed_gb"] == pytest.approx(8 * adamw / 2, rel=0.01)
     assert rows["optimizer", "_fused_adamw_"]["gb"] > 0
     if preset == "mosaic-base":  # of a micro-batch: 2 layers, forward and backward
         assert rows["forward", "_attn_one_tile"]["launches"] == 2
         assert rows["backward", "_attn_one_tile"]["launches"] == 2
+        # kept of a token, in bf16 rows of d = 768: a layer's 4 of attention, 12 of GeGLU and some 6
+        # of residuals and norms, the last one's 6 and 30 % of 16, 30 % of 30,528 logits
+        kept = (result["peak_gb"] - result["fixed_gb"]) * 1e9 / 65_536 / (2 * 768)
+        assert kept == pytest.approx(22 + 6 + 0.3 * 16 + 0.3 * 30_528 / 768, rel=0.1)
         gemms = sum(row["tflop"] for row in rows.values() if "mm" in row["kernel"])
         # 6 FLOPs a weight and token; of layer 2 after the attention and of the head on 30 % of them
         d, ff = 768, 3_072
@@ -70,6 +78,21 @@ def test_compiled_in_two_graphs_without_breaks(preset, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert (result["graphs"], result["graph_breaks"], result["unexpected"]) == (2, 0, [])
     assert any("triton_" in row["kernel"] for row in result["kernels"])
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu_runs_through_without_one(tmp_path):
+    """Six minutes on two busy cores."""
+    env = os.environ | {"DRY": "1", "OUT": str(tmp_path), "DATA": str(tmp_path / "data"),
+                        "PYTHON": sys.executable}
+    done = subprocess.run(["bash", "bench/on_gpu.sh"], env=env, cwd=ROOT, capture_output=True,
+                          text=True)
+    summary = (tmp_path / "summary.txt").read_text()
+    assert done.returncode == 0 and summary.count("exit 0") == 6, done.stdout[-6000:]
+    for row in json.loads((tmp_path / "kernels.json").read_text())["attention"]:
+        assert row["provider"] != "ours" or "failed" not in row, row
+    step = json.loads((tmp_path / "step.json").read_text())["results"][0]["contenders"]
+    assert not [row for row in step if "-tiny" in row["name"] and "failed" in row]
 
 
 @pytest.mark.parametrize("arguments", [["mosaic-base", "--chip", "H900"], ["mosaic-huge"]])
