@@ -6,8 +6,8 @@
     python plots.py loss runs/*                # MLM loss against tokens, training and held-out
     python plots.py ablation results/ablation-tokens results/ablation-time   # a sweep's variants
 
-Each writes plots/<figure>.png, or --out, in seconds; 100 runs of 10,000 log lines take under 20 s.
-A run may still be training. All settings of a figure: python plots.py <figure> --help
+Each writes plots/<figure>.png, or --out, in seconds; 1,000 runs of 10,000 log lines take under
+20 s. A run may still be training. All settings of a figure: python plots.py <figure> --help
 """
 
 import io
