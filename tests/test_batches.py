@@ -130,18 +130,6 @@ def drawn(batches: Batches, places: np.ndarray) -> tuple[np.ndarray, list[tuple[
     return source, list(zip(document.tolist(), offset.tolist()))
 
 
-def assert_read_through_before_any_repeats(batches: Batches, source: np.ndarray,
-                                           windows: list) -> None:
-    """Each corpus shows every window once before it shows one again, epoch after epoch."""
-    for k, n in enumerate(np.diff(batches.edges)):
-        mine = [w for w, s in zip(windows, source) if s == k]
-        for begin in range(0, len(mine), int(n)):
-            epoch = mine[begin : begin + int(n)]
-            assert len(set(epoch)) == len(epoch), f"corpus {k} repeats itself too soon"
-        orders = [mine[begin : begin + int(n)] for begin in range(0, len(mine) - int(n), int(n))]
-        assert len({tuple(o) for o in orders}) == len(orders), "every epoch has an order of its own"
-
-
 @pytest.mark.parametrize("shares", [[0.7, 0.2, 0.1], [1, 1, 2], [0.001, 0.998, 0.001],
                                     [0.0, 1.0, 3.0]])
 @pytest.mark.parametrize("documents", ["first", "all"])
@@ -153,7 +141,11 @@ def test_every_block_of_1000_windows_has_exactly_the_shares(corpora, tokenizer, 
         assert np.bincount(block, minlength=3).tolist() == expected
     if shares[0] == 0.7:  # mixed within the block, too: 5 standard deviations of a random order
         assert abs(np.bincount(source[:200], minlength=3) - [140, 40, 20]).max() < 30
-    assert_read_through_before_any_repeats(batches, source, windows)
+    for k, n in enumerate(np.diff(batches.edges).tolist()):
+        mine = [w for w, s in zip(windows, source) if s == k]
+        epochs = [tuple(mine[begin : begin + n]) for begin in range(0, len(mine), n)]
+        assert all(len({*epoch}) == len(epoch) for epoch in epochs), "each window once in an epoch"
+        assert len({*epochs}) == len(epochs), "every epoch has an order of its own"
 
 
 def test_folders_without_shares_are_one_corpus_every_document_once_an_epoch(corpora, tokenizer):
@@ -190,14 +182,15 @@ def test_effective_length_weighs_by_tokens(corpus_dir, tokenizer):
 
 
 def test_exactly_the_asked_number_is_hidden_and_never_a_special_token(corpus_dir, tokenizer):
-    for rate in (0.15, 0.3, 0.9):
-        batch, n, ids, idx, labels = masked(corpus_dir, tokenizer, 2, rate)
+    for rate, corruption in ((0.15, "80/10/10"), (0.3, "mask"), (0.9, "80/10/10")):
+        batch, n, ids, idx, labels = masked(corpus_dir, tokenizer, 2, rate, corruption)
         assert n == len(idx) == len(idx.unique())
         assert n == 16 * round(round(rate * int((~batch.special).sum())) / 16)
         assert torch.equal(idx, idx.sort().values) and not batch.special[idx].any()
         assert torch.equal(labels, batch.input_ids[idx])
         untouched = torch.ones_like(batch.special).index_fill(0, idx, False)
         assert torch.equal(ids[untouched], batch.input_ids[untouched])
+        assert (ids[idx] == tokenizer.mask_id).all() == (corruption == "mask")
 
 
 def test_number_to_hide_is_exact_where_small_and_never_more_than_there_is():
@@ -221,11 +214,6 @@ def test_corruption_shares_are_80_10_10(corpus_dir, tokenizer):
     expected = len(other_ids) / 4
     assert ((quarters - expected) ** 2
             / expected).sum() < 16.3, "random tokens are uniform: 3 degrees, p = 0.001"
-
-
-def test_all_mask_corruption_hides_everything(corpus_dir, tokenizer):
-    _, _, ids, idx, _ = masked(corpus_dir, tokenizer, 0, corruption="mask")
-    assert (ids[idx] == tokenizer.mask_id).all()
 
 
 def test_masks_repeat_with_the_seed_and_differ_between_batches(corpus_dir, tokenizer):

@@ -181,12 +181,15 @@ def test_bert_matches_transformers_with_every_gradient(tmp_path, lengths, head):
 
 
 @pytest.mark.parametrize("position", ["alibi", "learned", "rope"])
-def test_flat_equals_padded(position):
+def test_flat_equals_padded_on_either_side(position):
     model = MaskedLM(small(position=position)).eval()
     ids, cu, S = flat_batch()
-    padded, mask = padded_batch()
     flat_logits = model(ids, cu_seqlens=cu, max_seqlen=S)
-    torch.testing.assert_close(model(padded, mask)[mask.bool()], flat_logits, atol=1e-6, rtol=1e-5)
+    right = padded_batch()
+    left = [torch.stack([row.roll(S - n) for row, n in zip(x, LENGTHS)]) for x in right]
+    for padded, mask in (right, left):
+        logits = model(padded, mask)[mask.bool()]
+        torch.testing.assert_close(logits, flat_logits, atol=1e-6, rtol=1e-5)
 
 
 POSITIONS = [  # settings, blind to the order of a document
@@ -200,13 +203,15 @@ POSITIONS = [  # settings, blind to the order of a document
 
 @torch.no_grad()
 @pytest.mark.parametrize(("position", "blind"), POSITIONS, ids=str)
-def test_only_symmetric_alibi_is_blind_to_order(position, blind):
+def test_order_matters_and_only_symmetric_alibi_is_blind_to_direction(position, blind):
     """A document read from its end: MosaicBERT's hidden states are the reversed ones."""
     model = randomize(Encoder(small(**position))).eval()
-    ids = torch.randint(5, 101, (12,), generator=torch.Generator().manual_seed(0))
-    run = lambda ids: model.flat(ids, torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
-    error = (run(ids.flip(0)) - run(ids).flip(0)).abs().max()
+    ids, cu, S = flat_batch([12])
+    swapped = ids[[0, 1, 2, 8, 4, 5, 6, 7, 3, 9, 10, 11]]
+    hidden, reverse, other = (model.flat(x, cu, S) for x in (ids, ids.flip(0), swapped))
+    error = (reverse - hidden.flip(0)).abs().max()
     assert (error < 1e-4) if blind else (error > 0.05), error
+    assert (hidden[0] - other[0]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(("position", "_"), POSITIONS, ids=str)
@@ -217,23 +222,6 @@ def test_a_document_does_not_see_its_neighbours(position, _):
     for a, b in zip(cu[:-1].tolist(), cu[1:].tolist()):
         alone = model.flat(ids[a:b], torch.tensor([0, b - a], dtype=torch.int32), b - a)
         torch.testing.assert_close(packed[a:b], alone, atol=1e-6, rtol=1e-5)
-
-
-def test_left_padding_equals_right_padding():
-    model = Encoder(small(position="learned")).eval()
-    ids, mask = padded_batch()
-    left_ids, left_mask = ids.clone(), mask.clone()
-    for b, n in enumerate(LENGTHS):
-        left_ids[b], left_mask[b] = ids[b].roll(ids.shape[1] - n), mask[b].roll(ids.shape[1] - n)
-    left = model(left_ids, left_mask)[left_mask.bool()]
-    torch.testing.assert_close(left, model(ids, mask)[mask.bool()])
-
-
-def test_a_mask_with_a_hole_is_refused():
-    ids, mask = padded_batch()
-    mask[2, 4] = 0
-    with pytest.raises(ValueError, match="hole"):
-        Encoder(small())(ids, mask)
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
@@ -270,18 +258,9 @@ def test_each_matmul_sees_real_tokens_and_the_last_ones_only_the_masked(monkeypa
 # ----------------------------------------------------------------------------- long, empty, odd
 
 
-def test_trained_at_128_runs_at_8192():
-    model = Encoder(small(n_layers=1)).eval()
-    ids, cu, S = flat_batch([8_192])
-    with torch.no_grad():
-        assert torch.isfinite(model.flat(ids, cu, S)).all()
-    with pytest.raises(ValueError, match="learned positions"):
-        Encoder(small(position="learned", max_positions=128)).flat(ids, cu, S)
-
-
 @pytest.mark.parametrize("mode", ["fp32", "autocast", "bf16"])
-def test_finite_on_adversarial_inputs(mode):
-    """One document of 8,192 among 500 of 3, length-1 and empty ones; loss and gradients too."""
+def test_loss_and_gradients_are_finite_on_adversarial_inputs(mode):
+    """One document of 8,192, though configs say 128, among 500 of 3, length-1 and empty ones."""
     torch.manual_seed(0)
     model = MaskedLM(small(n_layers=1, n_heads=1))
     model = model.bfloat16() if mode == "bf16" else model
@@ -304,9 +283,17 @@ def test_a_row_of_padding_gives_finite_output():
     out.sum().backward()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     assert all(torch.isfinite(x).all() for x in (out, *grads))
-    mask[:] = 0
-    with pytest.raises(ValueError, match="hides every token"):
-        Encoder(small())(ids, mask)
+
+
+def test_inputs_that_cannot_be_encoded_are_refused_with_a_sentence():
+    (ids, mask), model = padded_batch(), Encoder(small())
+    holed = mask.clone()
+    holed[2, 4] = 0
+    for wrong, sentence in ((holed, "hole"), (torch.zeros_like(mask), "hides every token")):
+        with pytest.raises(ValueError, match=sentence):
+            model(ids, wrong)
+    with pytest.raises(ValueError, match="learned positions"):
+        Encoder(small(position="learned", max_positions=11)).flat(*flat_batch())
 
 
 # ----------------------------------------------------------------------------- heads
@@ -350,14 +337,6 @@ def output(seed=0, train=False, **changes):
 )
 def test_switches_add_and_take_parameters(changes, more):
     assert MaskedLM(small(**changes)).n_params() - MaskedLM(small()).n_params() == more
-
-
-def test_alibi_makes_order_matter():
-    ids, cu, S = flat_batch([12])
-    model = randomize(Encoder(small())).eval()
-    swapped = ids.clone()
-    swapped[[3, 8]] = ids[[8, 3]]
-    assert (model.flat(ids, cu, S)[0] - model.flat(swapped, cu, S)[0]).abs().max() > 1e-4
 
 
 @torch.no_grad()
@@ -437,12 +416,6 @@ def test_attention_backend_switch():
         torch.testing.assert_close(output(attention="auto"), output(attention=attention))
     with pytest.raises((ValueError, RuntimeError), match=r"(?i)triton"):
         output(attention="triton")  # on a CPU
-
-
-def test_a_tied_head_is_the_embedding():
-    for tied in (True, False):
-        model = MaskedLM(small(tie_head=tied))
-        assert (model.head.decoder.weight is model.encoder.embeddings.word.weight) is tied
 
 
 def test_activation_checkpointing_recomputes_and_changes_nothing():
@@ -565,17 +538,13 @@ def test_a_run_folder_means_its_newest_complete_checkpoint(tmp_path):
     assert MaskedLM.from_pretrained(tmp_path).head.decoder.bias[0] == 100
 
 
-def assert_same_logits(ours, theirs):
-    ids, mask = padded_batch(vocab=97)
-    a, b = ours(ids, mask), theirs(ids, mask).logits
-    torch.testing.assert_close(a[mask.bool()], b[mask.bool()], atol=1e-5, rtol=1e-5)
-
-
-def test_pytorch_bin_and_tensorflow_names_load(tmp_path):
-    """bert-base-uncased: LayerNorm gamma and beta, a pooler and next-sentence weights."""
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"layer_norm_eps": 1e-3}])
+def test_pytorch_bin_and_tensorflow_names_load(tmp_path, changes):
+    """bert-base-uncased: LayerNorm gamma and beta, a pooler and next-sentence weights. An untied
+    decoder and another epsilon are kept."""
     from transformers import BertForMaskedLM
 
-    hf = randomize(BertForMaskedLM(hf_config())).eval()
+    hf = randomize(BertForMaskedLM(hf_config(**changes))).eval()
     hf.save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
@@ -585,7 +554,9 @@ def test_pytorch_bin_and_tensorflow_names_load(tmp_path):
     for name in "cls.seq_relationship.weight", "bert.pooler.dense.weight", "bert.pooler.dense.bias":
         old[name] = torch.zeros(3)
     torch.save(old, tmp_path / "pytorch_model.bin")
-    assert_same_logits(MaskedLM.from_pretrained(tmp_path).eval(), hf)
+    ids, mask = padded_batch(vocab=97)
+    ours, theirs = MaskedLM.from_pretrained(tmp_path).eval()(ids, mask), hf(ids, mask).logits
+    torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], atol=1e-5, rtol=1e-5)
 
 
 def test_damaged_weights_are_one_line_naming_the_file(tmp_path):
@@ -599,15 +570,6 @@ def test_damaged_weights_are_one_line_naming_the_file(tmp_path):
     torch.save({"x": Path("/")}, tmp_path / "pytorch_model.bin")  # a pickle that holds no weights
     with pytest.raises(ValueError, match=r"pytorch_model\.bin is damaged"):
         MaskedLM.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("changes", [dict(tie_word_embeddings=False), dict(layer_norm_eps=1e-3)])
-def test_an_untied_decoder_and_another_epsilon_of_a_bert_are_kept(tmp_path, changes):
-    from transformers import BertForMaskedLM
-
-    hf = randomize(BertForMaskedLM(hf_config(**changes))).eval()
-    hf.save_pretrained(tmp_path)
-    assert_same_logits(MaskedLM.from_pretrained(tmp_path).eval(), hf)
 
 
 @pytest.mark.parametrize(("stated", "meant"), [(None, 0.25), (0.0, 0.0), (0.5, 0.5)])
@@ -670,19 +632,23 @@ def test_missing_folders_and_files_are_named(tmp_path):
             MaskedLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_fused_head_has_the_gradients_of_the_plain_one(dtype):
-    """Loss, hits and every gradient of head.loss against decoder and cross entropy, scaled."""
+@pytest.mark.parametrize(("dtype", "trained"), [
+    (torch.float32, ""), (torch.bfloat16, ""), (torch.float32, "decoder.bias")])
+def test_the_fused_head_has_the_gradients_of_the_plain_one(dtype, trained):
+    """Loss, hits and every gradient of head.loss against decoder and cross entropy, scaled; though
+    nothing but `trained` may want one."""
     torch.manual_seed(0)
     model = MaskedLM(small(vocab_size=128, n_layers=1)).train()
     torch.nn.init.normal_(model.head.decoder.weight)
     x, labels = torch.randn(20, 32), torch.randint(128, (20,))
+    for name, p in model.head.named_parameters():
+        p.requires_grad_(name.startswith(trained))
+    wanted = [p for p in model.head.parameters() if p.requires_grad]
 
     def gradients(loss_of):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
             loss, n_correct = loss_of()
-        grads = torch.autograd.grad(loss / 7, list(model.head.parameters()))
-        return [loss.detach(), n_correct, *grads]
+        return [loss.detach(), n_correct, *torch.autograd.grad(loss / 7, wanted)]
 
     fused = gradients(lambda: model.head.loss(x, labels))
 
@@ -694,19 +660,6 @@ def test_the_fused_head_has_the_gradients_of_the_plain_one(dtype):
     plain = gradients(plain_loss)
     for a, b in zip(fused, plain):
         assert (a - b).norm() <= (1e-5 if dtype == torch.float32 else 0.02) * b.norm()
-
-
-def test_only_the_decoder_bias_may_be_trained():
-    """The gradient is that of the plain head, though nothing below it wants one."""
-    torch.manual_seed(0)
-    model = MaskedLM(small(vocab_size=128, n_layers=1)).train()
-    bias = model.head.decoder.bias
-    model.requires_grad_(False)
-    bias.requires_grad_(True)
-    x, labels = torch.randn(20, 32), torch.randint(128, (20,))
-    (got,) = torch.autograd.grad(model.head.loss(x, labels)[0], bias)
-    (wanted,) = torch.autograd.grad(F.cross_entropy(model.head(x), labels, reduction="sum"), bias)
-    torch.testing.assert_close(got, wanted)
 
 
 def test_an_empty_document_has_no_part_in_its_neighbours_gradient():

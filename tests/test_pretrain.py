@@ -775,6 +775,13 @@ def test_a_branch_where_the_cooldown_begins_ends_with_the_weights_of_the_run_its
     assert "is finished" in here(branch(stem, 40))
 
 
+def as_660131b_named_them(path: Path) -> None:
+    saved = torch.load(path, weights_only=True)
+    names = {"tokens": "tokens", "share_done": "done", "lr_scale": "factor", "length": "length"}
+    saved["branch"] = {names[k]: v for k, v in saved["branch"].items()}
+    torch.save(saved | {"changed_at": None, "skipped": (0, 0)}, path)
+
+
 def test_a_killed_branch_continues_to_the_same_bits(stem, tmp_path):
     args = "--out", str(tmp_path), "--checkpoint_every", "2", "--eval_every", "10"
     kill = functools.partial(spoil_forward, range(8, 9), signal.SIGKILL)
@@ -784,6 +791,8 @@ def test_a_killed_branch_continues_to_the_same_bits(stem, tmp_path):
     for name, lives in faults.items():
         argv = branch(stem, 40, "--name", name, *args)
         for fault, code in [*lives, (None, 0)]:
+            if name == "stopped" and not fault:
+                as_660131b_named_them(find_checkpoints(tmp_path / name)[-1] / "trainer.pt")
             codes, output = Life(argv, tmp_path / f"{time.time_ns()}.txt", 1, fault).end()
             assert codes == [code], output
         assert ("continuing at step" in output) == bool(lives)
@@ -803,39 +812,17 @@ def test_a_branch_may_differ_in_any_other_setting(stem, other_corpus, tmp_path, 
     assert train[41]["loss"] != of_stem[41]["loss"]
 
 
-def test_a_branch_of_a_run_with_a_time_budget(corpus_dir, tmp_path, here):
-    args = f"{FAST} --max_minutes 0.03 --checkpoint_every 0.5 --eval_every 0.5"
-    args += " --masking linear:0.3:0.15"
-    here(command(corpus_dir, tmp_path, args, preset="nano-tiny"))
-    first = find_checkpoints(tmp_path / "nano-tiny")[0]
-    there = read_json(first / "progress.json")
-    here(branch(tmp_path / "nano-tiny", there["step"]))
-    last = find_checkpoints(tmp_path / f"nano-tiny-cooldown-{there['step']}")[-1]
-    progress = read_json(last / "progress.json")
-    assert progress["finished"]
-    assert progress["tokens"] == pytest.approx(there["tokens"] / 0.8, abs=512)
-    train = records(last.parents[1], "train")
-    lr = [train[s]["lr"] for s in sorted(train)]
-    length = round(there["tokens"] * 0.2 / 0.8)
-    assert lr == pytest.approx([2e-3 * (1 - 0.98 * i * 512 / length) for i in range(len(lr))])
-    masking = train[min(train)]["masking"], train[max(train)]["masking"]
-    assert 0.23 > masking[0] >= masking[1], "the stem's other half, in what is left"
-
-
-def test_a_branch_of_a_branch_goes_on_from_its_learning_rate(stem, tmp_path, here):
-    here(branch(stem, 20, "--cooldown", "0.5", "--checkpoint_every", "0.5", "--out", str(tmp_path),
-                "--name", "first"))
-    first = records(tmp_path / "first", "train")
-    saved = trainer(tmp_path / "first", 30)  # revision 660131b had other names for the same four
-    names = {"tokens": "tokens", "share_done": "done", "lr_scale": "factor", "length": "length"}
-    saved["branch"] = {names[k]: v for k, v in saved["branch"].items()}
-    torch.save(saved | {"changed_at": None, "skipped": (0, 0)},
-               tmp_path / "first/ckpt/step_00000030/trainer.pt")
-    here(branch(tmp_path / "first", 30, "--cooldown", "0.1", "--name", "second"))
-    second = records(tmp_path / "second", "train")
-    assert first[31]["lr"] == pytest.approx(second[31]["lr"])
-    assert second[32]["lr"] < first[32]["lr"]
-    assert second[31]["masking"] == pytest.approx(first[31]["masking"], abs=1e-3)
+def test_a_branch_goes_on_from_where_a_run_with_a_time_budget_or_another_branch_is():
+    stem = TrainConfig(max_minutes=1, schedule="wsd", warmup=0.1, final_lr=0.0)
+    there = SimpleNamespace(step=5, tokens=2_560, train_seconds=30.0, branch=None)
+    first = recipes.branch_off(stem, there, cooldown=0.2)
+    assert first == recipes.Branch(tokens=2_560, share_done=0.5, lr_scale=1.0, length=640)
+    there.tokens, there.branch = 2_560 + 320, first
+    assert recipes.share_done(stem, there) == lr_scale(stem, first, 0.5) == 0.5
+    assert recipes.stem_done(first, 0.5) == 0.75, "masking goes through the stem's other half"
+    second = recipes.branch_off(stem, there, cooldown=0.5)
+    assert second == recipes.Branch(tokens=2_880, share_done=0.75, lr_scale=0.5, length=2_880)
+    assert lr_scale(stem, second, 0.0) == 0.5 and lr_scale(stem, second, 0.5) == 0.25
 
 
 @pytest.mark.parametrize(("args", "message"), [
