@@ -415,10 +415,14 @@ def dry_run(cfg: Config) -> dict:
     tok_per_s = preset.micro_tokens / sum(row["ms"] for row in rows) * 1e3
     mfu = tok_per_s * header["flops_per_token"] / peak_tflops(cfg.chip) / 1e12
     counters = torch._dynamo.utils.counters
+    peak, fixed = recorder.peak / 1e9, recorder.fixed / 1e9
+    # 5 % for what the allocator cannot use, 1 GB for CUDA itself
+    fits = {gb: int((0.95 * gb - 1 - fixed) / (peak - fixed) * preset.micro_tokens)
+            for gb in (24, 40, 80, 141)}
     return dict(
         preset=cfg.preset, layers=shape.n_layers, chip=cfg.chip, compiled=cfg.compile,
         micro_tokens=preset.micro_tokens, modelled_tok_per_s=tok_per_s, modelled_mfu=mfu,
-        peak_gb=recorder.peak / 1e9, fixed_gb=recorder.fixed / 1e9,
+        peak_gb=peak, fixed_gb=fixed, fits=fits,
         waits=dict(recorder.waits), graphs=counters["stats"]["unique_graphs"],
         graph_breaks=sum(counters["graph_break"].values()),
         unexpected=[f"{n} x {what}" for what, n in recorder.unexpected.items()],
@@ -434,10 +438,8 @@ def show(result: dict, n: int = 30) -> None:
         print(f"{phase:10}{kernel[:57]:58}" + "".join(f"{x:10.3f}" for x in numbers))
     print(f"MODELLED, {result['chip']}, micro-batches of {result['micro_tokens']:,}: "
           f"{result['modelled_tok_per_s']:,.0f} tokens/s, MFU {result['modelled_mfu']:.1%}")
-    a_token = (result["peak_gb"] - result["fixed_gb"]) / result["micro_tokens"]
-    fits = {gb: int((0.95 * gb - 1 - result["fixed_gb"]) / a_token) for gb in (24, 40, 80, 141)}
-    print(f"peak {result['peak_gb']:.1f} GB, of which weights, gradients, optimizer "
-          f"{result['fixed_gb']:.1f}; micro-batches that fit {fits}")
+    print(f"peak {result['peak_gb']:.1f} GB, {result['fixed_gb']:.1f} of it weights, gradients and "
+          f"optimizer; largest micro-batch by GB of the GPU: {result['fits']}")
     print(f"{result['graphs']} graphs, {result['graph_breaks']} breaks, waits {result['waits']}")
     print(*(f"unexpected: {line}" for line in result["unexpected"]), sep="\n")
 
