@@ -87,8 +87,8 @@ class Batches:
         self.n_windows = int(edges[-1])
         # windows between two edges are drawn from as one
         self.edges = edges if shares else edges[[0, -1]]
-        # of a block, the same for every block: corpus of each window (BLOCK,), windows of that
-        # corpus before it (BLOCK,), windows of each corpus (K,)
+        # of every block: corpus of each window (BLOCK,), windows of that corpus before it (BLOCK,),
+        # windows of each corpus (K,)
         shares = shares or [1.0]
         ends = np.round(np.cumsum(shares) / sum(shares) * self.BLOCK)
         order = shuffled(np.arange(self.BLOCK), self.BLOCK, seed=0)
@@ -161,7 +161,7 @@ class Batches:
         return Batch(*map(torch.from_numpy, (ids, cu, special)), len(document))
 
     def epoch_tokens(self) -> int:
-        """Tokens of all windows, [CLS] and [SEP] counted: an epoch, if corpora are read as one."""
+        """Tokens of all windows with [CLS] and [SEP]: an epoch, if corpora are read as one."""
         text = self.lengths if self.documents == "all" else np.minimum(self.lengths, self.body)
         return int(text.sum(dtype=np.int64)) + 2 * self.n_windows
 

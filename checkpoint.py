@@ -146,9 +146,8 @@ def resolve_start(preset: str, cfg: TrainConfig, world_size: int = 1) -> Start:
 
 
 def lock_run(start: Start, host: dist.ProcessGroup | None = None) -> IO | None:
-    """Own the run folder while the returned file is open and this process lives (an OS lock), and
-    remove what a killed run left half-written. SystemExit (one line) on all processes, the group
-    `host`, if another run owns it or it cannot be written."""
+    """Own the run folder while the returned file is open, and remove what a killed run left half-
+    written. SystemExit (one line) on all processes, the group `host`, if that cannot be."""
     file, found, rank = None, [None], processes()[0]
     if rank == 0:
         try:

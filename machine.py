@@ -83,9 +83,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def git_revision() -> str:
     """Short hash of the checkout, with "+" when files are changed; "unknown" outside git."""
     describe = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    how = dict(cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    how = dict(cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL)
     try:
-        return subprocess.run(describe, **how).stdout.strip()
+        return subprocess.check_output(describe, **how).strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -114,8 +114,8 @@ def failure(error: Exception) -> str:
 
 
 def report_path(mode: str, device: torch.device, out: str = "") -> Path:
-    """Where a benchmark's report goes: `out`, or results/<mode>-<device>.json. SystemExit, one
-    line, if it cannot be written there: call this before the work too."""
+    """Where a benchmark's report goes: `out` or results/<mode>-<device>.json. SystemExit (one line)
+    if it cannot be written there: call this before the work too."""
     slug = re.sub(r"[^a-z0-9]+", "-", hardware_name(device).lower()).strip("-")
     path = Path(out or Path(__file__).parent / "results" / f"{mode}-{slug}.json")
     try:
@@ -126,8 +126,8 @@ def report_path(mode: str, device: torch.device, out: str = "") -> Path:
 
 
 def write_report(mode: str, body: dict, device: torch.device, out: str = "") -> Path:
-    """Write a benchmark's `body` under a header (device, versions, revision, command, time) to
-    `out` or results/<mode>-<device>.json; returns the path. SystemExit, one line, if that fails."""
+    """Write a benchmark's `body` under a header (device, versions, revision, command, time) where
+    report_path() says; returns that."""
     import torch
 
     from kernels import TRITON_VERSION

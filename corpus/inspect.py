@@ -33,10 +33,9 @@ def inspect_folder(cfg: Config) -> None:
     print(f"tokens per document: median {np.median(lengths):.0f}, mean {lengths.mean():.0f}, "
           f"longest {lengths.max():,}")
     edges = [0, *(2**k for k in range(3, 15)), sys.maxsize]
-    shares = np.histogram(lengths, edges)[0] / len(lengths)
-    for low, high, share in zip(edges, edges[1:], shares):
-        until = f"{high - 1:,}" if high < sys.maxsize else ""
-        print(f"{low:7,} - {until:7} {share:6.1%} {'#' * round(60 * share)}")
+    for low, n in zip(edges, np.histogram(lengths, edges)[0]):
+        share = n / len(lengths)
+        print(f"from {low:6,} {share:6.1%} {'#' * round(60 * share)}")
     for window in (128, 512):
         kept = np.minimum(lengths + 2, window)  # with [CLS] and [SEP]
         share, padding = (kept - 2).sum() / corpus.n_tokens, 1 - kept.mean() / window

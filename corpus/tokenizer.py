@@ -142,8 +142,7 @@ class Tokenizer:
             raise BadInput(f"{path} is no tokenizer.json or vocab.txt ({e})") from None
         ids = {name: vocab.get(name, vocab.get(other)) for name, other in zip(SPECIALS, ROBERTA)}
         if missing := ", ".join(name for name, i in ids.items() if i is None):
-            raise BadInput(f"{path} has no token {missing} (nor RoBERTa's name for it); "
-                           "an encoder needs it")
+            raise BadInput(f"{path} lacks {missing} (or RoBERTa's names), which an encoder needs")
         if (size := max(vocab.values()) + 1) > 65536:
             raise BadInput(f"{path} has {size} tokens; ids on disk are uint16, at most 65536")
         # it does its own lowercasing; here that is only reported
@@ -168,8 +167,7 @@ class Tokenizer:
                 return cls(vocabulary, meta)
             except (OSError, KeyError, ValueError) as e:
                 raise BadInput(f"{file} cannot be used ({e}); prepare the folder again") from None
-        names = ("tokenizer.json", "vocab.txt") if path.is_dir() else ("",)
-        for file in (path / name for name in names):
+        for file in (path, path / "tokenizer.json", path / "vocab.txt"):
             if file.is_file():
                 return cls.from_hf(file)
         raise BadInput(f"no tokenizer at {path}: give a tokenizer.json, a vocab.txt or a folder "
@@ -192,9 +190,8 @@ class Tokenizer:
         if self.hf and other.hf:
             return self.hf.get_vocab() == other.hf.get_vocab() and self.lowercase == other.lowercase
         if self.hf or other.hf:  # ours, and what export.huggingface has made of it
-            n = self.vocab_size
-            return n == other.vocab_size and all(
-                self.token_text(i) == other.token_text(i) for i in range(n))
+            texts = ([t.token_text(i) for i in range(t.vocab_size)] for t in (self, other))
+            return next(texts) == next(texts)
         return (self.vocabulary, self.meta) == (other.vocabulary, other.meta)
 
     def encode(self, text: str) -> list[int]:
@@ -218,9 +215,8 @@ class Tokenizer:
             encodings = self.hf.encode_batch_fast(texts, add_special_tokens=False)
             return [np.asarray(e.ids, np.uint16) for e in encodings]
 
-        def encode(texts: list[str]) -> list[np.ndarray]:
+        def encode(texts: list[str]) -> list[np.ndarray]:  # a fifth faster than as lists of ints
             texts = (valid_unicode(t.lower() if self.lowercase else t) for t in texts)
-            # encode_to_numpy is a fifth faster than a list of ints
             return [self.bpe.encode_to_numpy(t, disallowed_special=()).astype(np.uint16)
                     for t in texts]
 

@@ -29,10 +29,14 @@ def some_documents(n: int) -> list[str]:
     return sorted({*texts} - {""})[:n]
 
 
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+    return path
+
+
 def prepare_texts(folder: Path, texts: list[str], **options) -> Path:
     """The folder that prepare_c4.py makes of these texts, in `folder`."""
-    source, out = folder / "documents.jsonl", folder / "prepared"
-    source.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+    source, out = write_jsonl(folder / "documents.jsonl", texts), folder / "prepared"
     options |= dict(source=str(source), out=str(out), val_fraction=0.1, workers=1)
     prepare_c4.prepare(prepare_c4.Config(**options))
     return out

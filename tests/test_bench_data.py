@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import some_documents
+from conftest import some_documents, write_jsonl
 
 from bench import data as bench_data
 from corpus.tokenizer import Tokenizer
@@ -16,15 +16,10 @@ from prepare_c4 import Config, prepare
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def write(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
-    return path
-
-
 def test_report_of_a_small_run_holds_every_number(tmp_path):
     # each word of the first document needs care to be equal
     texts = ["ΟΔΟΣ [MASK] [SEP] in a text", *some_documents(300)]
-    source = write(tmp_path / "c.jsonl", texts)
+    source = write_jsonl(tmp_path / "c.jsonl", texts)
     small = ["--megabytes", "1", "--vocab_size", "600", "--repeats", "1"]
     command = [sys.executable, "-m", "bench.data", str(source), *small]
     result = subprocess.run([*command, "--out", str(tmp_path / "r.json")], cwd=ROOT,
@@ -42,7 +37,7 @@ def test_report_of_a_small_run_holds_every_number(tmp_path):
 def test_the_comparison_sees_one_wrong_id(tmp_path):
     import datasets
 
-    source = write(tmp_path / "c.jsonl", some_documents(60))
+    source = write_jsonl(tmp_path / "c.jsonl", some_documents(60))
     prepare(Config(str(source), str(tmp_path / "o"), vocab_size=400, workers=1))
     texts = [t.strip() for t in some_documents(60)]
     encoded = Tokenizer.load(tmp_path / "o").encode_batch(texts)
@@ -62,7 +57,7 @@ def test_the_comparison_sees_one_wrong_id(tmp_path):
 
 
 def test_an_unusable_corpus_is_one_line(tmp_path):
-    few = write(tmp_path / "few.jsonl", ["a b"])
+    few = write_jsonl(tmp_path / "few.jsonl", ["a b"])
     for source, message in ((tmp_path / "none.jsonl", "does not exist"), (few, "too small")):
         expected = rf"^error: python -m bench\.data: [^\n]*{message}[^\n]*$"
         with pytest.raises(SystemExit, match=expected):
