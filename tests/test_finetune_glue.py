@@ -23,7 +23,7 @@ from glue.encode import Encoded, encode
 from glue.files import Split, load_data, locate, read_split, to_numbers
 from glue.starts import Start
 from glue.table import table
-from glue.tasks import FROM_MNLI, OWN, TASKS, Recipe, Task, evaluate, metric
+from glue.tasks import FROM_MNLI, OWN, TASKS, Task, evaluate, metric
 from model import EncoderConfig, MaskedLM, SequenceClassifier, find_checkpoints
 from records import read_jsonl
 
@@ -439,10 +439,10 @@ def test_from_scratch_is_the_same_shape_with_random_weights(run, tmp_path, capsy
     assert "from random weights" in out and "gained over random weights" in out
 
 
-def test_learning_rate_warms_up_and_ends_at_zero(tokenizer, monkeypatch):
-    rates, settings = [], {}
+def test_the_rate_warms_up_and_falls_to_zero_and_every_epoch_is_shuffled_anew(monkeypatch):
+    rates, settings, seen, orders = [], {}, [], []
 
-    class Spy(torch.optim.AdamW):
+    class Optimizer(torch.optim.AdamW):
         def __init__(self, *args, **kwargs):
             settings.update(kwargs)
             super().__init__(*args, **kwargs)
@@ -451,43 +451,31 @@ def test_learning_rate_warms_up_and_ends_at_zero(tokenizer, monkeypatch):
             rates.append(self.param_groups[0]["lr"])
             return super().step()
 
-    monkeypatch.setattr(torch.optim, "AdamW", Spy)
-    rng = np.random.default_rng(0)
-    data = encode(texts_only([sentence(rng) for _ in range(50)]), tokenizer, 16)
-    cfg = EncoderConfig(vocab_size=300, n_layers=1, n_heads=2, d_model=16, d_ff=16)
-    recipe = replace(TASKS["RTE"].recipe, epochs=10, batch_size=5)
-    model, y = SequenceClassifier(cfg, 2), np.arange(50) % 2
-    history, _ = fine_tune(model, data, y, recipe, 0, torch.float32, lambda: {"score": 0.0})
-    assert [h["epoch"] for h in history] == list(range(1, 11))
-    assert len(rates) == 100
-    assert rates[:6] == pytest.approx([1e-5 * k / 6 for k in range(1, 7)])  # 6 % of 100 steps
-    assert rates[5] == max(rates)
-    assert rates[-1] == pytest.approx(1e-5 / 94)
-    expected = dict(betas=(0.9, 0.98), eps=1e-6, weight_decay=1.0)
-    assert settings.items() >= expected.items()
-
-
-def test_epochs_are_shuffled_anew_with_dropout_and_evaluated_without():
-    seen = []
-
-    class Spy(torch.nn.Linear):
+    class Model(torch.nn.Linear):
         def forward(self, input_ids, cu_seqlens, **_):
             seen.append((self.training, input_ids[: cu_seqlens[-1]].tolist()))
             return self.weight.expand(len(cu_seqlens) - 1, 1)
 
-    ids, y = np.arange(10, dtype=np.int32), np.zeros(10, np.float32)
-    data = Encoded(ids, np.arange(11), np.ones(10, dtype=int), n_labels=10)
-    recipe, orders = Recipe(lr=0.0, weight_decay=0.0, epochs=2, batch_size=4), []
+    monkeypatch.setattr(torch.optim, "AdamW", Optimizer)
+    data = Encoded(np.arange(49, dtype=np.int32), np.arange(50), np.ones(49, int), n_labels=49)
+    recipe = replace(TASKS["RTE"].recipe, epochs=10, batch_size=5)
     for seed in (7, 8):
         seen.clear()
-        model = Spy(1, 1)
-        fine_tune(model, data, y, recipe, seed, torch.float32,
-                  lambda model=model: {"score": predict(model, data, torch.float32)[0, 0]})
-        assert [training for training, _ in seen] == [True, True, True, False] * 2
-        assert [len(batch) for _, batch in seen] == [4, 4, 2, 10] * 2
-        orders += [[i for _, batch in part for i in batch] for part in (seen[:3], seen[4:7])]
-    assert all(sorted(order) == list(range(10)) for order in orders)
-    assert len(set(map(tuple, orders))) == 4
+        model = Model(1, 1)
+        evaluate = lambda model=model: {"score": predict(model, data, torch.float32)[0, 0]}
+        history, _ = fine_tune(model, data, np.zeros(49, np.float32), recipe, seed, torch.float32,
+                               evaluate)
+        assert [h["epoch"] for h in history] == list(range(1, 11))
+        assert [training for training, _ in seen] == [*[True] * 10, False] * 10
+        assert [len(batch) for _, batch in seen] == [*[5] * 9, 4, 49] * 10
+        orders += [[i for _, batch in seen[n : n + 10] for i in batch] for n in range(0, 110, 11)]
+    assert all(sorted(order) == list(range(49)) for order in orders)
+    assert len(set(map(tuple, orders))) == 20
+    assert len(rates) == 200
+    assert rates[:6] == pytest.approx([1e-5 * k / 6 for k in range(1, 7)])  # 6 % of 100 steps
+    assert rates[5] == max(rates)
+    assert rates[99] == pytest.approx(1e-5 / 94)
+    assert settings.items() >= dict(betas=(0.9, 0.98), eps=1e-6, weight_decay=1.0).items()
 
 
 def test_model_heeds_seed_and_dropout(tmp_path):
