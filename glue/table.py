@@ -57,7 +57,8 @@ def table(records: list[dict[str, Any]]) -> str:
     (number of seeds). Below, what pretraining gained over random weights where both are there."""
     there = dict.fromkeys(r["task"] for r in records)
     tasks = [*(t for t in TASKS if t in there), *(t for t in there if t not in TASKS)]
-    official = {r["task"] for r in records if r["official"] or r["task"] not in TASKS}
+    glues_own = {name for name, task in TASKS.items() if task.sizes}
+    official = {r["task"] for r in records if r["official"] or r["task"] not in glues_own}
     starts: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
     for r in sorted(records, key=lambda r: (r["run"], r["step"])):
         scores = starts.setdefault((r["run"], r["checkpoint"]), {task: {} for task in tasks})
