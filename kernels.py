@@ -695,19 +695,6 @@ def _geglu(
 GEGLU_OPTIONS = {"BLOCK": 512, "num_warps": 2, **FUSION}
 
 
-def _geglu_triton(h, dropout_p, seed, dout=None):
-    """The product, or with its gradient the one of h."""
-    h, T, width = h.contiguous(), len(h), h.shape[1] // 2
-    half, (dropped, scale) = triton.cdiv(width, 2), drop_threshold(dropout_p)
-    out = h.new_empty(T, width) if dout is None else torch.empty_like(h)
-    if T:
-        with torch.cuda.device_of(h):
-            _geglu[T, triton.cdiv(half, GEGLU_OPTIONS["BLOCK"])](
-                h, dout, out, seed, width, half, dropped, scale, BACKWARD=dout is not None,
-                **GEGLU_OPTIONS)
-    return out
-
-
 # ----------------------------------------------------------------------------- the CPU backend
 # Tuned PyTorch, what a CPU user trains with: documents of like length as one padded batch, scores
 # and other fp32 copies in blocks that stay in the cache, results written where they belong.
@@ -1105,27 +1092,36 @@ def scatter_rows(x_flat: Tensor, indices: Tensor, n_rows: int) -> Tensor:
 
 
 @torch.library.custom_op("nanomosaic::geglu", mutates_args=())
-def _geglu_op(h: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
-    return _geglu_triton(h, dropout_p, seed)
+def _geglu_op(h: Tensor, dout: Tensor | None, seed: Tensor | None, dropout_p: float) -> Tensor:
+    """The product, or with its gradient the one of h."""
+    h, T, width = h.contiguous(), len(h), h.shape[1] // 2
+    half, (dropped, scale) = triton.cdiv(width, 2), drop_threshold(dropout_p)
+    out = h.new_empty(T, width) if dout is None else torch.empty_like(h)
+    dout = dout if dout is None else dout.contiguous()
+    if T:
+        with torch.cuda.device_of(h):
+            _geglu[T, triton.cdiv(half, GEGLU_OPTIONS["BLOCK"])](
+                h, dout, out, seed, width, half, dropped, scale, BACKWARD=dout is not None,
+                **GEGLU_OPTIONS)
+    return out
 
 
-@torch.library.custom_op("nanomosaic::geglu_backward", mutates_args=())
-def _geglu_backward(dout: Tensor, h: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
-    return _geglu_triton(h, dropout_p, seed, dout.contiguous())
-
-
-_geglu_op.register_fake(lambda h, *_: h.new_empty(h.shape[0], h.shape[1] // 2))
-_geglu_backward.register_fake(lambda dout, h, *_: h.new_empty(h.shape))
+@_geglu_op.register_fake
+def _(h, dout, *_):
+    return h.new_empty(h.shape[0], h.shape[1] // (2 if dout is None else 1))
 
 
 def _geglu_save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:2])
-    ctx.dropout_p = inputs[2]
+    h, _, seed, ctx.dropout_p = inputs
+    ctx.save_for_backward(h, seed)
 
 
-_geglu_op.register_autograd(
-    lambda ctx, dout: (_geglu_backward(dout, *ctx.saved_tensors, ctx.dropout_p), None, None),
-    setup_context=_geglu_save)
+def _geglu_grad(ctx, dout):
+    h, seed = ctx.saved_tensors
+    return _geglu_op(h, dout, seed, ctx.dropout_p), None, None, None
+
+
+_geglu_op.register_autograd(_geglu_grad, setup_context=_geglu_save)
 
 
 def new_seed(x: Tensor) -> Tensor:
@@ -1134,8 +1130,8 @@ def new_seed(x: Tensor) -> Tensor:
 
 
 def dropout(x: Tensor, dropout_p: float) -> Tensor:
-    """F.dropout. Its mask alone takes an eager CPU a tenth of MosaicBERT's step, and as
-    torch.compile has it 4 ms of 87 on an H200 (modelled)."""
+    """F.dropout, whose mask alone takes an eager CPU a tenth of MosaicBERT's step. In a compiled
+    CUDA graph by `hash_dropout`."""
     compiling = torch.compiler.is_compiling()
     if dropout_p and x.is_cuda and compiling:
         return hash_dropout(x, dropout_p, new_seed(x))
@@ -1151,7 +1147,7 @@ def geglu(h: Tensor, dropout_p: float = 0.0) -> Tensor:
     Triton on CUDA. An eager CPU has a function of its own: 0.72 s against 1.10 forward and backward
     at (8192, 6144) fp32, one thread."""
     if _use_triton(h) and h.dtype != torch.float64:
-        return _geglu_op(h, new_seed(h) if dropout_p else None, dropout_p)
+        return _geglu_op(h, None, new_seed(h) if dropout_p else None, dropout_p)
     if h.device.type == "cpu" and not torch.compiler.is_compiling():
         return dropout(_GegluCpu.apply(h), dropout_p)
     return dropout(geglu_reference(h), dropout_p)

@@ -5,6 +5,7 @@
     python plots.py pareto results/shapes --metric loss     # a sweep's records; held-out loss
     python plots.py loss runs/*                # MLM loss against tokens, training and held-out
     python plots.py ablation results/ablation-tokens results/ablation-time   # a sweep's variants
+    python plots.py dryrun results/dryrun-*.json   # where a step's time goes on a GPU, modelled
 
 Each writes plots/<figure>.png, or --out, in seconds; 1,000 runs of 10,000 log lines take under
 20 s. A run may still be training. All settings of a figure: python plots.py <figure> --help
@@ -12,7 +13,9 @@ Each writes plots/<figure>.png, or --out, in seconds; 1,000 runs of 10,000 log l
 
 import io
 import itertools
+import json
 import math
+import re
 import textwrap
 from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
@@ -387,8 +390,40 @@ def ablation(paths: Paths, out: Out = "plots/ablation.png") -> None:
     finish(fig, out, "What each change does", lines, handles)
 
 
+PARTS = {  # of a step, as bench.dryrun names its kernels: the first that is found
+    "matmuls": r" (add)?mm \d", "attention": " bmm |attn|softmax|slack",
+    "GeGLU, GELU": "_geglu|_gelu_",
+    "LayerNorm, residuals, dropout": "layer_norm", "cross entropy": "cross_entropy",
+    "bias gradients": "_sum_", "rest": ""}
+
+
+def dryrun(paths: Paths, out: Out = "plots/dryrun.png") -> None:
+    """Where the time of a step goes on a GPU, modelled: a bar for each report of bench.dryrun."""
+    reports = [json.loads(Path(path).read_text()) for path in paths]
+    records.make_folder(Path(out).parent)
+    fig, ax = plt.subplots(figsize=(6.6, 1.6 + 0.4 * len(reports)))
+    colours = dict(zip(PARTS, [*COLOURS, "0.75"]))
+    for y, report in enumerate(reports):
+        ms = Counter()
+        for row in report["kernels"]:
+            name = f"{row['phase']} {row['kernel']}"
+            part = next(part for part, like in PARTS.items() if re.search(like, name))
+            ms[part] += row["ms"] * 65_536 / report["micro_tokens"]
+        left = 0.0
+        for part, colour in colours.items():
+            ax.barh(y, ms[part], 0.6, left, color=colour)
+            left += ms[part]
+    ax.set_xlabel("milliseconds for 65,536 tokens")
+    ax.set(yticks=range(len(reports)), ylim=(len(reports) - 0.5, -0.5), yticklabels=[
+        f"{r['preset']}\n{r['modelled_tok_per_s'] / 1e3:,.0f}k tok/s, MFU {r['modelled_mfu']:.0%}"
+        for r in reports])
+    line = f"MODELLED for one {reports[0]['chip']} by bench.dryrun: nothing here is timed"
+    handles = [plt.Rectangle((0, 0), 1, 1, color=c, label=part) for part, c in colours.items()]
+    finish(fig, out, "Where a step's time goes", [line], handles)
+
+
 if __name__ == "__main__":
-    figures = {figure.__name__: figure for figure in (pareto, loss, ablation)}
+    figures = {figure.__name__: figure for figure in (pareto, loss, ablation, dryrun)}
     try:
         tyro.extras.subcommand_cli_from_dict(figures, description=__doc__, use_underscores=True,
                                              config=[tyro.conf.FlagCreatePairsOff])

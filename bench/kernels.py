@@ -191,8 +191,6 @@ def pointwise_bytes(T: int, d: int, V: int, M: int) -> dict:
     return {
         "geglu, dropout 0.1": (6 * T * ff, 10 * T * ff),  # h in, product out; both in, dh out
         "masked_cross_entropy": (2 * M * V, 2 * M * V),  # logits in; gradient out
-        "gather_rows (unpad)": (2 * 2 * M * d, 2 * (M + T) * d),  # backward: a scatter, with zeros
-        "scatter_rows (pad)": (2 * (M + T) * d, 2 * 2 * M * d),
     }
 
 
@@ -214,7 +212,6 @@ def bench_pointwise(cfg: Config, timer: Timer, roofline: dict) -> list[dict]:
     """Each kernel and its compiled reference."""
     T, d, V, M = cfg.tokens, cfg.heads * cfg.head_dim, cfg.vocab, int(cfg.masked * cfg.tokens)
     labels = torch.randint(V, (M,), device="cuda")
-    where = torch.randperm(T, device="cuda")[:M].sort().values
     cases = {  # ours, reference, input, output
         "geglu, dropout 0.1": (
             lambda x: kernels.geglu(x, 0.1),
@@ -222,11 +219,6 @@ def bench_pointwise(cfg: Config, timer: Timer, roofline: dict) -> list[dict]:
         "masked_cross_entropy": (
             lambda x: FusedCrossEntropy.apply(x, labels),
             lambda x: F.cross_entropy(x.float(), labels, reduction="sum"), (M, V), ()),
-        "gather_rows (unpad)": (
-            lambda x: kernels.gather_rows(x, where), lambda x: x[where], (T, d), (M, d)),
-        "scatter_rows (pad)": (
-            lambda x: kernels.scatter_rows(x, where, T),
-            lambda x: x.new_zeros(T, d).index_copy(0, where, x), (M, d), (T, d)),
     }
     rows = []
     for name, n_bytes in pointwise_bytes(T, d, V, M).items():
