@@ -898,7 +898,7 @@ class _GegluCpu(torch.autograd.Function):
         out = h.new_empty(len(h), h.shape[1] // 2)
         block = max(256, 2**18 // out.shape[1])
         for x, y in zip(h.split(block), out.split(block)):
-            gate, up = _wide(x).chunk(2, 1)
+            gate, up = map(_wide, x.chunk(2, 1))  # as contiguous copies: GELU takes 2/3 of the time
             y.copy_(F.gelu(gate).mul_(up))
         return out
 
@@ -908,7 +908,7 @@ class _GegluCpu(torch.autograd.Function):
         dh, width = torch.empty_like(h), dout.shape[1]
         block = max(256, 2**18 // width)
         for x, y, dx in zip(h.split(block), dout.split(block), dh.split(block)):
-            (gate, up), dy = _wide(x).chunk(2, 1), _wide(y)
+            gate, up, dy = *map(_wide, x.chunk(2, 1)), _wide(y)
             dx[:, :width] = torch.ops.aten.gelu_backward(dy * up, gate)
             dx[:, width:] = F.gelu(gate).mul_(dy)
         return dh
