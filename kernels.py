@@ -734,7 +734,7 @@ def _group_weights(q, k, slopes, valid, i0):
         i = torch.arange(i0, i0 + q.shape[2], device=q.device)
         scores += alibi_bias(slopes.to(scores.dtype), i, torch.arange(k.shape[2], device=q.device))
     if valid is not None:  # masked_fill_ takes a CPU ten times as long
-        scores += torch.zeros_like(valid, dtype=scores.dtype).masked_fill_(~valid, -math.inf)
+        scores += torch.where(valid[:, :, None], 0.0, -math.inf).to(scores.dtype)
     return torch.softmax(scores, -1, out=scores)
 
 
@@ -791,70 +791,64 @@ def _generator(seed: Tensor | None, dropout_p: float, device) -> torch.Generator
     return torch.Generator(device).manual_seed(int(seed)) if dropout_p > 0 else None
 
 
-def _scaled_mask(like, generator, dropout_p) -> Tensor | None:
+def _dropped(p: Tensor, generator, dropout_p: float) -> tuple[Tensor, Tensor | None]:
+    """Weights p with dropout, and its scaled mask, fp32 or fp64."""
     if generator is None:
-        return None
-    keep, scale = keep_mask(like, dropout_p, generator)
-    return keep.view(torch.int8).to(like.dtype).mul_(scale)
+        return p, None
+    keep, scale = keep_mask(p, dropout_p, generator)
+    mask = keep.view(torch.int8).to(_wide(p[:0]).dtype).mul_(scale)
+    return (p * mask).to(p.dtype), mask
 
 
-def _cpu_groups(qkv, cu_seqlens, slopes, rope_base, max_seqlen, dout=None):
-    """What forward and backward step over: (q, k, v, gradient of the output if given (b, H, s, D),
-    RoPE's table (s, D/2) or None, [(queries, their weights over all keys)]) of each group of
-    documents. bf16 stays for the matmuls, as CPUs that have it are 6 times faster; no CPU has
-    fp16."""
-    (T, _, H, D), cu, device = qkv.shape, tuple(cu_seqlens.tolist()), qkv.device
+def _cpu_groups(qkv, cu_seqlens, slopes, rope_base, max_seqlen):
+    """What forward and backward step over: (q, k, v (b, H, s, D), RoPE's table (s, D/2) or None,
+    [(queries, their weights over all keys)]) of each group of documents. bf16 stays for the
+    matmuls, as CPUs that have it are 6 times faster; no CPU has fp16."""
+    (T, J, H, D), cu, device = qkv.shape, tuple(cu_seqlens.tolist()), qkv.device
     dtype, table = torch.float32 if qkv.dtype == torch.float16 else qkv.dtype, None
     if rope_base:
         table = _kept_rope_table(max_seqlen, D, rope_base, device, qkv.dtype)
-    layouts = (_cpu_layout(cu, T, J, H, device)[0] for J in (3, 1))
-    for (take, valid), (take_out, _) in zip(*layouts):
+    for take, valid in _cpu_layout(cu, T, J, H, device)[0]:
         q_k_v, (_, b, _, s) = _take(qkv, take, dtype), take.shape
         turn = None if table is None else table[:s]
         if turn is not None:
             _rotate_(q_k_v[:2], turn)
         q, k, v = q_k_v
-        do = None if dout is None else _take(dout, take_out[0], dtype)
-        if dout is not None and valid is not None:
-            do *= valid[..., None]
-        parts = range(0, s, max(1, SCORE_BUDGET // (b * H * s)))
-        mask = None if valid is None else valid[:, :, None]
-        queries = (slice(i0, i0 + parts.step) for i0 in parts)
-        yield q, k, v, do, turn, (
-            (i, _group_weights(q[:, :, i], k, slopes, mask, i.start)) for i in queries)
+        n = max(1, SCORE_BUDGET // (b * H * s))  # queries at a time
+        yield q, k, v, turn, (
+            (slice(i, i + n), _group_weights(q[:, :, i : i + n], k, slopes, valid, i).to(dtype))
+            for i in range(0, s, n))
 
 
-def _attention_cpu(qkv, cu_seqlens, slopes, rope_base, max_seqlen, dropout_p, seed):
-    """out (T, H, D), and zeros for what Triton keeps for its backward."""
-    out, generator = [], _generator(seed, dropout_p, qkv.device)
-    for _, _, v, _, _, weights in _cpu_groups(qkv, cu_seqlens, slopes, rope_base, max_seqlen):
-        parts = []
-        for _, p in weights:
-            mask = _scaled_mask(p, generator, dropout_p)
-            parts.append((p if mask is None else p.mul_(mask)).to(v.dtype) @ v)
-        out.append(torch.cat(parts, 2) if len(parts) > 1 else parts[0])
+def _attention_cpu(qkv, cu_seqlens, groups, dropout_p, seed):
+    """out (T, H, D)."""
+    parts, generator = [], _generator(seed, dropout_p, qkv.device)
+    for _, _, v, _, weights in groups:
+        part = [_dropped(p, generator, dropout_p)[0] @ v for _, p in weights]
+        parts.append(torch.cat(part, 2) if len(part) > 1 else part[0])
     T, _, H, _ = qkv.shape
     _, back = _cpu_layout(tuple(cu_seqlens.tolist()), T, 1, H, qkv.device)
-    return _put(out, back, qkv[:, 0]), _wide(qkv.new_empty(0)).new_zeros(H, T)
+    return _put(parts, back, qkv[:, 0])
 
 
 def _add(total: Tensor | None, x: Tensor) -> Tensor:
     return x if total is None else _wide(x).add_(total)
 
 
-def _attention_backward_cpu(
-    dout, qkv, cu_seqlens, slopes, rope_base, max_seqlen, dropout_p, seed
-):
+def _attention_backward_cpu(dout, cu_seqlens, groups, dropout_p, seed):
     """The five matmuls of the backward: dqkv (T, 3, H, D)."""
-    dqkv, scale, generator = [], qkv.shape[-1] ** -0.5, _generator(seed, dropout_p, qkv.device)
-    groups = _cpu_groups(qkv, cu_seqlens, slopes, rope_base, max_seqlen, dout)
-    for q, k, v, do, turn, weights in groups:
+    (T, H, D), cu, parts = dout.shape, tuple(cu_seqlens.tolist()), []
+    layout = [_cpu_layout(cu, T, J, H, dout.device) for J in (1, 3)]
+    generator = _generator(seed, dropout_p, dout.device)
+    for (q, k, v, turn, weights), (take, valid) in zip(groups, layout[0][0]):
+        do = _take(dout, take[0], q.dtype)
+        if valid is not None:
+            do *= valid[..., None]
         grad, dk, dv = q.new_empty(3, *q.shape), None, None
         for i, p in weights:
-            mask = _scaled_mask(p, generator, dropout_p)
-            dropped = (p if mask is None else p * mask).to(q.dtype)
+            dropped, mask = _dropped(p, generator, dropout_p)
             dv = _add(dv, dropped.mT @ do[:, :, i])
-            dp, p = do[:, :, i] @ v.mT, dropped if mask is None else p.to(q.dtype)
+            dp = do[:, :, i] @ v.mT
             dp = dp if mask is None else dp.mul_(mask)
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
             grad[0, :, :, i] = ds @ k
@@ -862,11 +856,26 @@ def _attention_backward_cpu(
         grad[1], grad[2] = dk, dv
         if turn is not None:
             _rotate_(grad[:2], turn.conj_physical())  # a lazy conj() is lost in a compiled graph
-        grad[:2].mul_(scale)
-        dqkv.append(grad)
-    T, _, H, _ = qkv.shape
-    _, back = _cpu_layout(tuple(cu_seqlens.tolist()), T, 3, H, qkv.device)
-    return _put(dqkv, back, qkv)
+        grad[:2].mul_(D**-0.5)
+        parts.append(grad)
+    return _put(parts, layout[1][1], dout.new_empty(T, 3, H, D))
+
+
+class _AttentionCpu(torch.autograd.Function):
+    """The eager CPU's: keeps q, k, v as they were multiplied and, of documents up to 512 tokens,
+    the weights, 2 bytes a score: 4 MB a layer for 4,096 tokens in documents of 128, 4 heads."""
+
+    @staticmethod
+    def forward(ctx, qkv, cu_seqlens, slopes, seed, rope_base, max_seqlen, dropout_p):
+        _check_attention(qkv, cu_seqlens, slopes, max_seqlen, False)
+        groups = _cpu_groups(qkv, cu_seqlens, slopes, rope_base, max_seqlen)
+        groups = [(*group, list(weights)) for *group, weights in groups]
+        ctx.saved = cu_seqlens, groups, dropout_p, seed
+        return _attention_cpu(qkv, cu_seqlens, groups, dropout_p, seed)
+
+    @staticmethod
+    def backward(ctx, dout):
+        return _attention_backward_cpu(dout, *ctx.saved), *[None] * 6
 
 
 def _cross_entropy_cpu(logits, labels, write):
@@ -973,7 +982,9 @@ def _attention(
     _check_attention(qkv, cu_seqlens, slopes, max_seqlen, use_triton)
     if use_triton:
         return _attention_triton(qkv, cu_seqlens, slopes, rope_base, max_seqlen)
-    return _attention_cpu(qkv, cu_seqlens, slopes, rope_base, max_seqlen, dropout_p, seed)
+    groups = _cpu_groups(qkv, cu_seqlens, slopes, rope_base, max_seqlen)
+    no_lse = _wide(qkv.new_empty(0)).new_zeros(qkv.shape[2], len(qkv))  # needed by Triton's alone
+    return _attention_cpu(qkv, cu_seqlens, groups, dropout_p, seed), no_lse
 
 
 @_attention.register_fake
@@ -990,8 +1001,8 @@ def _attention_backward(
     if use_triton:
         saved = dout, out, lse
         return _attention_triton(qkv, cu_seqlens, slopes, rope_base, max_seqlen, saved)
-    how = rope_base, max_seqlen, dropout_p, seed
-    return _attention_backward_cpu(dout, qkv, cu_seqlens, slopes, *how)
+    groups = _cpu_groups(qkv, cu_seqlens, slopes, rope_base, max_seqlen)
+    return _attention_backward_cpu(dout, cu_seqlens, groups, dropout_p, seed)
 
 
 _attention_backward.register_fake(lambda dout, qkv, *_: qkv.new_empty(qkv.shape))
@@ -1040,8 +1051,11 @@ def varlen_attention(
         raise ValueError(f"varlen_attention: Triton {problem}; choose another backend")
     if dropout_p > 0 and seed is None:
         seed = torch.randint(2**62, (), dtype=torch.int64)
-    settings = rope_base, max_seqlen, dropout_p, backend == "triton"
-    return _attention(qkv, cu_seqlens, slopes, seed, *settings)[0]
+    settings = rope_base, max_seqlen, dropout_p
+    kept = qkv.requires_grad and torch.is_grad_enabled() and max_seqlen <= 512
+    if backend == "cpu" and kept and not torch.compiler.is_compiling():
+        return _AttentionCpu.apply(qkv, cu_seqlens, slopes, seed, *settings)
+    return _attention(qkv, cu_seqlens, slopes, seed, *settings, backend == "triton")[0]
 
 
 @torch.library.custom_op("nanomosaic::cross_entropy_", mutates_args=("logits",))
