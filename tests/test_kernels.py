@@ -279,6 +279,17 @@ def test_dropout_draws_the_same_mask_in_the_backward():
 
 
 @cpu_only
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_weights_kept_for_the_backward_are_those_computed_again(dropout_p):
+    """Up to 512 tokens an eager CPU keeps them."""
+    lengths, how = [3, 0, 40, 33], dict(rope_base=1e3, dropout_p=dropout_p, seed=torch.tensor(5))
+    qkv, dout = draw(lengths, 2, 16, torch.bfloat16)
+    kept, again = (attend(qkv, dout, lengths, alibi_slopes(2, 8.0), max_seqlen=n, **how)
+                   for n in (512, 513))
+    assert all(map(torch.equal, kept, again))
+
+
+@cpu_only
 def test_one_long_document_among_many_short_ones_stays_within_memory(monkeypatch):
     """Scores are held for one length class, and one block of queries, at a time."""
     monkeypatch.setattr(kernels, "SCORE_BUDGET", 20_000)
