@@ -397,6 +397,10 @@ PARTS = {  # of a step, as bench.dryrun names its kernels: the first that is fou
     "bias gradients": "_sum_", "rest": ""}
 
 
+def part_of(kernel: str) -> str:
+    return next(part for part, like in PARTS.items() if re.search(like, kernel))
+
+
 def dryrun(paths: Paths, out: Out = "plots/dryrun.png") -> None:
     """Where the time of a step goes on a GPU, modelled: a bar for each report of bench.dryrun."""
     reports = [json.loads(Path(path).read_text()) for path in paths]
@@ -404,11 +408,9 @@ def dryrun(paths: Paths, out: Out = "plots/dryrun.png") -> None:
     fig, ax = plt.subplots(figsize=(6.6, 1.6 + 0.4 * len(reports)))
     colours = dict(zip(PARTS, [*COLOURS, "0.75"]))
     for y, report in enumerate(reports):
-        ms = Counter()
+        ms, scale = Counter(), 65_536 / report["micro_tokens"]
         for row in report["kernels"]:
-            name = f"{row['phase']} {row['kernel']}"
-            part = next(part for part, like in PARTS.items() if re.search(like, name))
-            ms[part] += row["ms"] * 65_536 / report["micro_tokens"]
+            ms[part_of(f"{row['phase']} {row['kernel']}")] += row["ms"] * scale
         left = 0.0
         for part, colour in colours.items():
             ax.barh(y, ms[part], 0.6, left, color=colour)

@@ -96,6 +96,9 @@ def install_fake_device() -> None:
             subprocess.run(command, check=True)
         except FileNotFoundError:
             raise SystemExit("error: the dry run needs g++ (apt install g++)") from None
+        except subprocess.CalledProcessError:
+            problem = f"torch {torch.__version__} has no CUDA code that fake_cuda.cpp fits"
+            raise SystemExit(f"error: {problem}; the dry run is known to work with 2.13") from None
         ctypes.CDLL(library.name).install()
 
 

@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed here")
 if not shutil.which("g++"):
     pytest.skip("the dry run needs g++, which is not installed here", allow_module_level=True)
 
+import plots
 from bench.dryrun import main
 
 ROOT = Path(__file__).parents[1]
@@ -93,6 +94,20 @@ def test_the_script_for_a_gpu_runs_through_without_one(tmp_path):
         assert row["provider"] != "ours" or "failed" not in row, row
     step = json.loads((tmp_path / "step.json").read_text())["results"][0]["contenders"]
     assert not [row for row in step if "-tiny" in row["name"] and "failed" in row]
+
+
+def test_the_figure_knows_the_kernels_by_part(tmp_path):
+    parts = {
+        "forward mm 65536 x 768 x 6144": "matmuls", "backward _attn_one_tile": "attention",
+        "forward _zero_slack": "attention", "backward _geglu": "GeGLU, GELU",
+        "backward triton_per_fused_add_native_layer_norm_backward_sum_8":
+            "LayerNorm, residuals, dropout",
+        "forward _cross_entropy_rows": "cross entropy", "optimizer _fused_adamw_": "rest",
+        "backward triton_red_fused_sum_view_13": "bias gradients"}
+    assert {kernel: plots.part_of(kernel) for kernel in parts} == parts
+    reports = sorted(map(str, (ROOT / "results").glob("dryrun-*.json")))
+    plots.dryrun(reports, out=str(tmp_path / "figure.png"))
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("arguments", [["mosaic-base", "--chip", "H900"], ["mosaic-huge"]])
