@@ -12,6 +12,7 @@ FILES = [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")]
 SOURCES = {p.relative_to(ROOT).as_posix(): p.read_text() for p in FILES}
 # scripts whose flags are fields of other files, or that hand flags on to other scripts
 FLAGS_OF = {"pretrain.py": ["pretrain.py", "recipes.py", "model.py"]}
+FLAGS_OF["bench/profile.py"] = FLAGS_OF["pretrain.py"]
 FLAGS_OF["sweep/run.py"] = ["sweep/run.py", "finetune_glue.py", *FLAGS_OF["pretrain.py"]]
 
 
