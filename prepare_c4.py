@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from itertools import count, islice, pairwise
@@ -129,11 +129,11 @@ TOKENIZER: Tokenizer | None = None
 VALIDATION_KEYS: set[int] = set()  # of documents in a validation split of the source's own
 
 
-def load_shared(progress, out: str) -> None:
+def load_shared(progress, out: str, kind: str) -> None:
     global PROGRESS, TOKENIZER, VALIDATION_KEYS
     PROGRESS, TOKENIZER = progress, Tokenizer.load(out)
-    records = map(read_json, (Path(out) / PARTS).glob("v*.json"))
-    VALIDATION_KEYS = {key for record in records for key in record["keys"]}
+    paths = (Path(out) / PARTS).glob("v*.json") if kind == "t" else []
+    VALIDATION_KEYS = {key for path in paths for key in read_json(path)["keys"]}
 
 
 def start_worker(*shared) -> None:
@@ -195,7 +195,6 @@ def encode_part(stem: Path, stream: Iterator[str], skipped: Counter, cfg: Config
     stem.val; -> what the part's record says."""
     writers = {split: ShardWriter(Path(f"{stem}.{split}")) for split in ("train", "val")}
     record = {"read": 0, "tokens": 0, "last": False, "keys": [], "task": []}
-    own_validation = stem.name[0] == "v"
     while not record["last"] and record["tokens"] < cfg.shard_tokens:
         batch, size = [], 0
         for text in islice(stream, max(0, limit - record["read"])):
@@ -206,14 +205,14 @@ def encode_part(stem: Path, stream: Iterator[str], skipped: Counter, cfg: Config
             key = document_key(text)
             if len(ids) == 0:  # a Hugging Face normalizer may leave nothing
                 skipped["empty"] += 1
-            elif not own_validation and key in VALIDATION_KEYS:
+            elif key in VALIDATION_KEYS:
                 skipped["copies of validation documents"] += 1
-            elif not own_validation and cuts[0] <= key < cuts[1]:
+            elif cuts[0] <= key < cuts[1]:
                 record["task"].append(text)
             else:
-                split = "val" if own_validation or key < cuts[0] else "train"
+                split = "val" if key < cuts[0] else "train"
                 writers[split].add(ids, len(text.encode()))
-                record["keys"] += [key] if own_validation else []
+                record["keys"] += [key] * (split == "val")
                 record["tokens"] += len(ids)
         record |= {"read": record["read"] + len(batch), "last": not batch}
         count_progress(size)
@@ -225,15 +224,16 @@ def encode_all(cfg: Config, own: list[tuple], items: list[tuple], cuts: tuple[in
     it; what one process does it does on several threads."""
     cores = cfg.workers or os.cpu_count() or 1
     begin("encoding")
-    for kind, group in (("v", own), ("t", items)):  # train leaves out copies of validation
-        jobs = [(f"{kind}{i:06d}", item, cfg, cuts) for i, item in enumerate(group)]
+    # all of "v" is validation; "t" leaves out copies of it
+    for kind, group, edges in (("v", own, (2**63, 2**63)), ("t", items, cuts)):
+        jobs = [(f"{kind}{i:06d}", item, cfg, edges) for i, item in enumerate(group)]
         workers = 1 if cfg.max_docs else min(cores, len(jobs))
         if workers <= 1:
-            load_shared(PROGRESS, cfg.out)
+            load_shared(PROGRESS, cfg.out, kind)
             any(encode_item(*job, cores) for job in jobs)  # until one says that it is enough
             continue
         fresh = multiprocessing.get_context("spawn")  # a fork beside threads can deadlock
-        with ProcessPoolExecutor(workers, fresh, start_worker, (PROGRESS, cfg.out)) as pool:
+        with ProcessPoolExecutor(workers, fresh, start_worker, (PROGRESS, cfg.out, kind)) as pool:
             futures = [pool.submit(encode_item, *job, cores // workers) for job in jobs]
             try:
                 for future in as_completed(futures):
@@ -244,7 +244,7 @@ def encode_all(cfg: Config, own: list[tuple], items: list[tuple], cuts: tuple[in
                 raise
 
 
-def assemble(cfg: Config, settings: dict, left_out: tuple[str, ...]) -> dict:
+def assemble(cfg: Config, settings: dict, left_out: Sequence[str]) -> dict:
     """Turn the finished parts into numbered shards, the task and, last, meta.json. A kill in
     between is fine: every step either was done or is done again."""
     out = Path(cfg.out)

@@ -978,7 +978,17 @@ def test_pretraining_goes_on_from_a_bert_saved_by_transformers(bert, bert_corpus
     assert words.shape == (640, 32)
 
 
+@pytest.fixture
+def official(corpus_dir, tmp_path) -> Path:
+    """As MosaicBERT comes: no tokenizer, as many rows as prepare_c4.py's vocabularies have."""
+    shape = dict(n_layers=1, n_heads=2, d_model=32, d_ff=48)
+    vocab_size = Tokenizer.load(corpus_dir).vocab_size
+    MaskedLM(EncoderConfig(vocab_size=vocab_size, **shape)).save_pretrained(tmp_path / "official")
+    return tmp_path / "official"
+
+
 @pytest.mark.parametrize(("weights_of", "data", "more", "message"), [
+    ("official", "own", "", "another tokenizer (none is beside it, so bert-base-uncased's) than"),
     ("stem", "foreign", "", "trained with another tokenizer than"),
     ("bert", "own", "", "trained with another tokenizer than"),
     ("stem", "bert", "", "trained with another tokenizer than"),
@@ -988,24 +998,13 @@ def test_pretraining_goes_on_from_a_bert_saved_by_transformers(bert, bert_corpus
 def test_weights_that_do_not_fit_the_data_are_one_line(request, corpus_dir, foreign_corpus,
                                                        bert_corpus, tmp_path, here, weights_of,
                                                        data, more, message):
-    source = request.getfixturevalue(weights_of) if weights_of in ("stem", "bert") else weights_of
+    made = weights_of in ("stem", "bert", "official")
+    source = request.getfixturevalue(weights_of) if made else weights_of
     folder = {"own": corpus_dir, "foreign": foreign_corpus, "bert": bert_corpus}[data]
     with pytest.raises(SystemExit) as e:
         here(command(folder, tmp_path / "runs", f"{START} --start_from {source} {more}"))
     assert message in one_line(e) and (more or str(source) in one_line(e))
     assert not (tmp_path / "runs").exists()
-
-
-def test_weights_without_a_tokenizer_are_not_those_of_our_vocabulary(corpus_dir, tmp_path, here):
-    """As the official MosaicBERT comes: 30,528 rows, as many as prepare_c4.py's vocabularies."""
-    tokenizer = Tokenizer.load(corpus_dir)
-    shape = dict(n_layers=1, n_heads=2, d_model=32, d_ff=48)
-    official = MaskedLM(EncoderConfig(vocab_size=tokenizer.vocab_size, **shape))
-    official.save_pretrained(tmp_path / "official")
-    with pytest.raises(SystemExit) as e:
-        here(command(corpus_dir, tmp_path / "runs",
-                     f"{START} --start_from {tmp_path / 'official'}"))
-    assert "(none is beside it, so bert-base-uncased's) than" in one_line(e)
 
 
 def test_a_run_knows_the_weights_it_began_from(stem, corpus_dir, tmp_path, here):
