@@ -697,7 +697,7 @@ GEGLU_OPTIONS = {"BLOCK": 512, "num_warps": 2, **FUSION}
 
 # ----------------------------------------------------------------------------- the CPU backend
 # Tuned PyTorch, what a CPU user trains with: documents of like length as one padded batch, scores
-# and other fp32 copies in blocks that stay in the cache, results written where they belong.
+# and other fp32 copies in blocks that stay in the cache, rows moved by one index each way.
 
 SCORE_BUDGET = 2**21  # the largest block, in elements: 8 MB of fp32 stay in a CPU's cache
 
