@@ -21,7 +21,7 @@ from checkpoint import Start, State
 from kernels import attention_backend
 from machine import device_name, git_revision, peak_tflops, pick_dtype, processes
 from model import find_checkpoints, flops_per_token
-from recipes import FREE_TO_CHANGE, PLACES, TrainConfig, flat, make_presets, masking_rate
+from recipes import FREE_TO_CHANGE, PLACES, TrainConfig, flat, make_presets, mean_masking_rate
 from records import to_json, write_atomically
 
 
@@ -54,7 +54,7 @@ class RunLog:
         name, on_gpu = device_name(device), device.type == "cuda"
         self.price = cfg.gpu_dollars_per_hour if on_gpu else 0.0
         self.peak = peak_tflops(name) if on_gpu else None
-        rate, length = masking_rate(cfg.masking, 0.5), start.batches.effective_length()
+        rate, length = mean_masking_rate(cfg.masking), start.batches.effective_length()
         self.flops = flops_per_token(cfg.model, length, rate)
         # earlier lives of the run, perhaps on other GPUs; a branch has cost what its stem had
         self.paid = state.train_seconds, paid.get("gpu_seconds", 0.0), paid.get("dollars", 0.0)

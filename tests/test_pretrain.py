@@ -38,7 +38,7 @@ from checkpoint import State
 from corpus.shards import Corpus
 from corpus.tokenizer import Tokenizer
 from model import EncoderConfig, MaskedLM, find_checkpoints
-from recipes import TrainConfig, lr_scale, masking_rate
+from recipes import TrainConfig, lr_scale, masking_rate, mean_masking_rate
 from records import read_json
 
 ROOT = Path(__file__).parents[1]
@@ -308,10 +308,15 @@ def curve(corpus_dir, tmp_path_factory):
 # ------------------------------------------------------------ schedules
 
 
-def test_masking_schedules():
-    for spec, a, b, c in (("constant:0.3", 0.3, 0.3, 0.3), ("linear:0.3:0.15", 0.3, 0.2625, 0.15)):
-        rates = [masking_rate(spec, progress) for progress in (0.0, 0.25, 1.0)]
-        assert rates == pytest.approx([a, b, c])
+@pytest.mark.parametrize(("spec", "mean", "values"), [  # values at 0, 1/4, 1/2 and 1 of the run
+    ("constant:0.3", 0.3, [0.3, 0.3, 0.3, 0.3]),
+    ("linear:0.3:0.15", 0.225, [0.3, 0.2625, 0.225, 0.15]),
+    ("cosine:0.3:0.15", 0.225, [0.3, 0.225 + 0.075 * math.cos(math.pi / 4), 0.225, 0.15]),
+    ("step:0.3:0.15@0.5", 0.225, [0.3, 0.3, 0.15, 0.15]),
+])
+def test_masking_schedules(spec, mean, values):
+    assert [masking_rate(spec, done) for done in (0.0, 0.25, 0.5, 1.0)] == pytest.approx(values)
+    assert mean_masking_rate(spec) == pytest.approx(mean, abs=2e-4), "of a thousand points"
 
 
 def test_1_is_every_step_and_1_0_the_whole_run():
@@ -323,9 +328,9 @@ def test_1_is_every_step_and_1_0_the_whole_run():
     assert due_at(cfg.eval_every) == due_at(1) and due_at(cfg.checkpoint_every) == [40]
 
 
-@pytest.mark.parametrize("spec", ["", "0.3", "constant", "linear:0.3", "wave:0.1:0.2",
-                                  "constant:1.5", "constant:0.3:0.15", "linear:0.3:0.15:0.1",
-                                  "linear:0.3:x"])
+@pytest.mark.parametrize("spec", ["", "0.3", "constant", "linear:0.3", "step:0.3:0.15",
+                                  "wave:0.1:0.2", "constant:1.5", "constant:0.3:0.15",
+                                  "linear:0.3:0.15@0.5", "cosine:0.3:0.15:0.1"])
 def test_a_masking_schedule_that_cannot_be_read_is_one_line(spec):
     with pytest.raises(ValueError, match="--masking"):
         masking_rate(spec, 0.0)
