@@ -159,7 +159,8 @@ def write_model(model: Pretrained, tokenizer: Tokenizer, labels: dict, folder: P
             weights[f"classifier.out.{end}"] = weights.pop(f"classifier.{end}")
         save_file(weights, folder / "model.safetensors")
     auto = {f"AutoModel{auto}": end for end, auto, _ in HEADS.values()}
-    auto |= {"AutoModelForQuestionAnswering": "ForQuestionAnswering", "AutoConfig": "Config"}
+    auto |= {f"AutoModel{end}": end for end in ("ForMultipleChoice", "ForQuestionAnswering")}
+    auto["AutoConfig"] = "Config"
     shutil.copy(Path(__file__).with_name("modeling.py"), folder / "modeling_nanomosaicbert.py")
     write_json(folder / "config.json", read_json(folder / "config.json") | {
         "architectures": ["NanoMosaicBert" + HEADS[type(model)][0]],

@@ -3,7 +3,7 @@
 export.huggingface puts this file beside the weights, and trust_remote_code runs it: it needs torch
 and transformers (tried: 5.24, 4.57), nothing else of the project and no Triton. The parameters are
 those of model.py by the same names, but for the classifier's. A batch stays padded and the
-attention's bias hides the padding: that exports to ONNX and compiles.
+attention's bias hides the padding: that traces to TorchScript, exports to ONNX and compiles.
 """
 
 import math
@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutput,
     MaskedLMOutput,
+    MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
@@ -179,11 +180,11 @@ class MlmHead(nn.Module):
 class ClassificationHead(nn.Module):
     """First token -> linear, tanh -> dropout -> linear. One module, as peft saves by its name."""
 
-    def __init__(self, config: NanoMosaicBertConfig):
+    def __init__(self, config: NanoMosaicBertConfig, n_out: int):
         super().__init__()
         self.pooler = nn.Linear(config.d_model, config.d_model)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.out = nn.Linear(config.d_model, config.num_labels)
+        self.out = nn.Linear(config.d_model, n_out)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
         """x (B, S, d), mask (B, S) -> (B, n_out); with padding on the left, [CLS] is not at 0."""
@@ -325,10 +326,28 @@ class NanoMosaicBertForSequenceClassification(Headed):
     output = SequenceClassifierOutput
 
     def add_head(self, config: NanoMosaicBertConfig) -> None:
-        self.classifier = ClassificationHead(config)
+        self.classifier = ClassificationHead(config, config.num_labels)
 
     def logits(self, x: Tensor, mask: Tensor | None) -> Tensor:
         return self.classifier(x, mask)
+
+
+class NanoMosaicBertForMultipleChoice(Headed):
+    """Ids (B, n_choices, S) -> logits (B, n_choices); labels (B,)."""
+
+    def add_head(self, config: NanoMosaicBertConfig) -> None:
+        self.classifier = ClassificationHead(config, 1)
+
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, **kw):
+        kw |= dict(input_ids=input_ids, token_type_ids=token_type_ids)
+        kw["attention_mask"] = attention_mask
+        n = (input_ids if kw.get("inputs_embeds") is None else kw["inputs_embeds"]).shape[1]
+        kw = {k: x.flatten(0, 1) if isinstance(x, Tensor) else x for k, x in kw.items()}
+        out = self.encoder(return_dict=True, **kw)
+        logits = self.classifier(out.last_hidden_state, kw["attention_mask"]).view(-1, n)
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return MultipleChoiceModelOutput(loss, logits, out.hidden_states, out.attentions)
 
 
 class NanoMosaicBertForTokenClassification(Headed):

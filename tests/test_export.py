@@ -380,8 +380,8 @@ def test_outputs_are_those_of_transformers_bert(twins, auto, asked):
 
 
 @torch.no_grad()
-def test_questions_are_those_of_transformers_bert(twins):
-    ids, _, types = batch()
+def test_questions_and_multiple_choice_are_those_of_transformers_bert(twins):
+    ids, mask, types = batch()
     ours, theirs = (load("AutoModelForQuestionAnswering", f, trust_remote_code=f is twins[0])
                     for f in twins)
     theirs.qa_outputs.load_state_dict(ours.qa_outputs.state_dict())
@@ -389,6 +389,16 @@ def test_questions_are_those_of_transformers_bert(twins):
     ends["end_positions"] = ends["start_positions"] + 4
     got, expected = (model(ids, token_type_ids=types, **ends) for model in (ours, theirs))
     for a, b in zip(tensors(got), tensors(expected), strict=True):
+        assert_near(a, b)
+
+    ours, theirs = (load("AutoModelForMultipleChoice", f, trust_remote_code=f is twins[0])
+                    for f in twins)
+    theirs.bert.pooler.dense.load_state_dict(ours.classifier.pooler.state_dict())
+    theirs.classifier.load_state_dict(ours.classifier.out.state_dict())
+    choices = {k: x.view(2, 2, 24) for k, x in zip(
+        ("input_ids", "attention_mask", "token_type_ids"), (ids, mask, types))}
+    choices["labels"] = torch.tensor([1, 0])
+    for a, b in zip(tensors(ours(**choices)), tensors(theirs(**choices)), strict=True):
         assert_near(a, b)
 
 
@@ -403,6 +413,15 @@ def test_what_only_decoders_take_is_refused_and_may_be_given_switched_off(export
     ):
         with pytest.raises(ValueError, match=message):
             model(batch()[0], **wrong)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+def test_a_traced_model_runs_other_batches(exported):
+    model = load("AutoModelForMaskedLM", exported, return_dict=False)
+    traced = torch.jit.trace(model, batch("left")[:2])
+    ids, mask = (x[:2, :9] for x in batch(seed=1)[:2])
+    assert_near(traced(ids, mask)[0], model(ids, mask)[0])
 
 
 def test_gradient_checkpointing_is_seen_and_changes_no_gradient(exported):
