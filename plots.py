@@ -24,6 +24,7 @@ from typing import Annotated, Literal
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from matplotlib.font_manager import get_font_names
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from scipy.ndimage import uniform_filter1d
 
@@ -47,12 +48,17 @@ COSTS = {  # --x: name, key in logs, units
 METRICS = {  # --metric: name, unit, scale
     "glue": ("Dev score", " (%)", 100),
     "loss": ("Held-out MLM loss", " (nats)", 1),
+    "accuracy": ("Held-out MLM accuracy", " (%)", 100),
+    "pseudo_perplexity": ("Held-out pseudo-perplexity", "", 1),
     "blimp": ("Accuracy on BLiMP", " (%)", 100),
 }
+# for run names in Chinese, where one is installed
+FONTS = {"Noto Sans CJK SC", "Noto Sans CJK JP", "Hiragino Sans", "Microsoft YaHei", "SimHei"}
 plt.switch_backend("Agg")  # files only: works without a display
 plt.rcParams.update({
     "figure.figsize": (6.6, 4.4), "figure.constrained_layout.use": True, "savefig.dpi": 200,
-    "font.size": 9, "text.parse_math": False,  # names are text: a run may be called lr_$1$
+    "font.family": ["DejaVu Sans", *sorted(FONTS & set(get_font_names()))], "font.size": 9,
+    "text.parse_math": False,  # names are text: a run may be called lr_$1$
     "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.grid": True, "axes.axisbelow": True, "axes.ymargin": 0.08, "axes.edgecolor": "0.3",
     "axes.spines.top": False, "axes.spines.right": False, "grid.color": "0.92",
@@ -197,7 +203,7 @@ def checkpoints(runs: list[Run], sweeps: list[Path], metric: str, x: Cost) -> li
         elif metric != "glue":
             table = zip(*(run.eval[c].tolist() for c in ("step", metric, log_key)))
             own = [{"task": metric, "step": step, "score": score, key: cost}
-                   for step, score, cost in table if step]
+                   for step, score, cost in table if step and math.isfinite(score)]
         found += [r | about | {"at": r["step"], "trained": r["step"] > 0, "cost": r.get(key),
                                "measures": list(r.get("metrics", ()))} for r in own]
     for sweep, r in rows:
@@ -258,8 +264,8 @@ def pareto(paths: Paths, out: Out = "plots/pareto.png", x: Cost = "seconds", tas
 
     Args:
         task: one fine-tuning task; without it, the mean over the tasks all checkpoints share.
-        metric: glue = fine-tuned score; loss = of masked tokens in held-out text; blimp = of
-            python -m studies.blimp.
+        metric: glue = fine-tuned score; blimp = of python -m studies.blimp; the others are of
+            masked tokens in held-out text.
         published: add GLUE averages of results/published.json as hollow markers.
     """
     folders, sweeps = find(paths)
