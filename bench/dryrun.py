@@ -119,6 +119,7 @@ def pretend(chip: str) -> None:
     answers = dict(
         is_available=True, device_count=1, current_device=0, set_device=None, synchronize=None,
         _lazy_init=None, get_device_properties=properties, set_rng_state=None,
+        is_current_stream_capturing=False,
         get_rng_state=torch.zeros(16, dtype=torch.uint8),
         current_stream=SimpleNamespace(cuda_stream=0, device_index=0))
     for name, answer in answers.items():

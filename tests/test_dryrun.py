@@ -3,6 +3,7 @@ because it changes what torch.cuda says."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -79,6 +80,30 @@ def test_compiled_in_two_graphs_without_breaks(preset, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert (result["graphs"], result["graph_breaks"], result["unexpected"]) == (2, 0, [])
     assert any("triton_" in row["kernel"] for row in result["kernels"])
+
+
+@pytest.fixture(scope="module")
+def oldest_torch(tmp_path_factory) -> Path:
+    """A Python with the oldest torch of requirements.txt, where its wheels can be had: 5 GB."""
+    wanted = "torch==" + re.search(r"torch>=([\d.]+)", (ROOT / "requirements.txt").read_text())[1]
+    python = tmp_path_factory.mktemp("oldest") / "bin/python"
+    subprocess.run([sys.executable, "-m", "venv", python.parents[1]], check=True)
+    pip = [python, "-m", "pip", "install", "-q", f"{wanted}.*", "triton", "-r", "requirements.txt"]
+    done = subprocess.run(pip, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"{wanted} cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
+    return python
+
+
+@pytest.mark.slow
+def test_the_oldest_torch_compiles_it_too(oldest_torch, tmp_path):
+    """Not bert-base: PyTorch's attention in a CUDA build asks for a driver."""
+    command = [oldest_torch, "-m", "bench.dryrun", "mosaic-base", "--layers", "2", "--compile"]
+    command += ["--out", tmp_path / "out.json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert (result["graphs"], result["graph_breaks"], result["unexpected"]) == (2, 0, [])
 
 
 @pytest.mark.slow
