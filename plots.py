@@ -270,7 +270,7 @@ def pareto(paths: Paths, out: Out = "plots/pareto.png", x: Cost = "seconds", tas
     """
     folders, sweeps = find(paths)
     records.make_folder(Path(out).parent)
-    runs = records.read_runs(folders)
+    runs = records.read_runs(folders, train=False)
     scores, tasks = of_shared_tasks(checkpoints(runs, sweeps, metric, x), task)
     used = [r | {"cost": r["cost"] if r["trained"] else 0} for r in scores
             if not r["trained"] or (isinstance(r["cost"], int | float) and r["cost"] > 0)]

@@ -86,10 +86,10 @@ def read_json(path: Path, advice: str = "prepare the folder again") -> dict:
         raise BadInput(f"{path} cannot be read ({e}); {advice}") from None
 
 
-def read_jsonl(path: Path, stride: int = 1) -> tuple[list[dict], int]:
+def read_jsonl(path: Path, stride: float = 1) -> tuple[list[dict], int]:
     """The records of a .jsonl file, none if it is missing, and the number of damaged or half-
     written lines, which are left out. Parsing is most of the work: of training lines that look
-    whole, only every `stride`-th is read."""
+    whole, only every `stride`-th is read (inf: none)."""
     records, skipped = [], 0
     for i, line in enumerate(path.read_bytes().splitlines() if path.is_file() else []):
         if i % stride and b'"train"' in line and line.count(b"{") == 1 and line.endswith(b"}"):
@@ -206,14 +206,15 @@ def hardware(record: dict) -> str:
     return f"{n}× " * (n != 1) + str(record.get("device"))
 
 
-def read_runs(folders: list[Path]) -> list[Run]:
-    """The runs in these folders."""
+def read_runs(folders: list[Path], train: bool = True) -> list[Run]:
+    """The runs in these folders; train=False leaves out their training lines."""
     runs, damaged = [], {}
     for path in folders:
         log = path / "log.jsonl"
         # ~500,000 training lines of all runs take 4 s, and are finer than the eye sees
         size = len(folders) * log.stat().st_size if log.is_file() else 0
-        records, damaged[path] = read_jsonl(log, math.ceil(size / 1.5e8) or 1)
+        stride = math.ceil(size / 1.5e8) or 1 if train else math.inf
+        records, damaged[path] = read_jsonl(log, stride)
         headers, jobs = [r for r in records if r["type"] == "header"], []
         for file in sorted(path.glob("glue/*.jsonl")):
             lines, skipped = read_jsonl(file)
