@@ -407,6 +407,8 @@ def dry_run(cfg: Config) -> dict:
                 run = pretrain.train(cfg.preset, settings)
             except RuntimeError as error:
                 raise SystemExit(f"error: {error}") if recorder.unexpected else error from None
+        if recorder.calls["evaluation"] < 2:  # only a signal ends it earlier
+            raise SystemExit("error: the dry run was stopped before its second step")
         header = json.loads((run / "log.jsonl").read_text().splitlines()[0])
     times = dict.fromkeys(IN_A_STEP, recorder.calls["backward"])  # the optimizer's are the preset's
     times["optimizer"] = recorder.calls["optimizer"] * preset.batch_tokens / preset.micro_tokens

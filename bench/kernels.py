@@ -144,6 +144,13 @@ def attention_peers(qkv, dout, lengths: list[int], slopes, device: str = "cuda")
         f = lambda x: kernels.varlen_attention(x, cu, n, slopes)
         return f, leaves(qkv), dout
 
+    def flash():  # FlashAttention 2; 3 has no ALiBi
+        from flash_attn import flash_attn_varlen_func
+
+        f = lambda q, k, v: flash_attn_varlen_func(
+            q, k, v, cu, cu, n, n, alibi_slopes=slopes[:, 0].contiguous())
+        return f, leaves(*qkv.unbind(1)), dout
+
     def flex():
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -166,7 +173,8 @@ def attention_peers(qkv, dout, lengths: list[int], slopes, device: str = "cuda")
         f = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return f, x, g.transpose(1, 2).contiguous()
 
-    return {"ours": ours, "flex_attention, compiled": flex, "padded SDPA with bias": padded_sdpa}
+    return {"ours": ours, "flash_attn": flash, "flex_attention, compiled": flex,
+            "padded SDPA with bias": padded_sdpa}
 
 
 def bench_attention(cfg: Config, timer: Timer, roofline: dict, n: int) -> list[dict]:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 import machine
 from bench import kernels as bench_kernels
 from bench.kernels import attention_cost, draw_lengths, pointwise_bytes, rates
-from kernels import alibi_slopes
+from kernels import alibi_slopes, attention_reference
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -26,22 +27,33 @@ def test_without_a_gpu_it_is_one_line():
 
 
 @pytest.mark.parametrize("lengths", [[16, 16], [5, 16, 9]])
-def test_the_padded_peer_computes_what_ours_does(lengths):
+def test_peers_compute_what_ours_does(lengths, monkeypatch):
+    def flash_attn_varlen_func(q, k, v, cu_q, cu_k, n_q, n_k, *, alibi_slopes):
+        """What its documentation says of it: slopes (H,) fp32, bias -slope |i - j|."""
+        assert alibi_slopes.shape == (2,) and cu_q is cu_k and n_q == n_k == max(lengths)
+        slopes = alibi_slopes[:, None].expand(2, 2)
+        return attention_reference(torch.stack([q, k, v], 1), cu_q, slopes)
+
+    stand_in = SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
+    monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
     g = torch.Generator().manual_seed(0)
     T = sum(lengths)
     qkv, dout = torch.randn(T, 3, 2, 16, generator=g), torch.randn(T, 2, 16, generator=g)
     peers = bench_kernels.attention_peers(qkv, dout, lengths, alibi_slopes(2), device="cpu")
-    assert list(peers) == ["ours", "flex_attention, compiled", "padded SDPA with bias"]
     f, x, gradient = peers["ours"]()
     out = f(*x)
     out.backward(gradient)
+    f, flash, gradient = peers["flash_attn"]()
+    torch.testing.assert_close(f(*flash), out)
+    f(*flash).backward(gradient)
     f, padded, gradient = peers["padded SDPA with bias"]()
     theirs = f(*padded)
     theirs.backward(gradient)
     real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (B, n)
     torch.testing.assert_close(theirs.transpose(1, 2)[real], out, atol=1e-5, rtol=1e-4)
-    for ours, leaf in zip(x[0].grad.unbind(1), padded):
+    for ours, leaf, flat in zip(x[0].grad.unbind(1), padded, flash):
         torch.testing.assert_close(leaf.grad.transpose(1, 2)[real], ours, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(flat.grad, ours)
 
 
 def test_document_lengths_fill_the_batch():
