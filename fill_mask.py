@@ -11,20 +11,19 @@ or Hugging Face BERT weights (a folder, or a name on the hub) work too. Seconds 
 """
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 import tyro
 
 from corpus.tokenizer import Tokenizer
-from machine import read_command_line
+from machine import script
 from model import MaskedLM, find_folder
 
 
 @dataclass
 class Config:
-    """Ask a pretrained encoder for missing words."""
-
     run: tyro.conf.Positional[str]  # run folder, checkpoint, MosaicBERT or BERT folder or name
     sentences: tyro.conf.Positional[tuple[str, ...]] = ()  # with [MASK]s; none: asked for
     top_k: int = 3  # answers for each mask
@@ -69,29 +68,26 @@ def print_answers(model: MaskedLM, tokenizer: Tokenizer, text: str, cfg: Config)
         print(f"\n{text}", *lines, sep="\n")
 
 
-def main(args: list[str] | None = None) -> None:
-    """Command line; `args` replaces sys.argv[1:] in tests."""
-    cfg = read_command_line(Config, args)
-    try:
-        if cfg.top_k < 1:
-            raise ValueError(f"--top_k {cfg.top_k}: give at least 1")
-        folder = find_folder(cfg.run)
-        model = MaskedLM.from_pretrained(folder)
-        tokenizer = Tokenizer.load(cfg.tokenizer or folder)
-        if (n := tokenizer.vocab_size) > (rows := model.cfg.padded_vocab_size):
-            raise ValueError(f"the tokenizer has {n} entries, the model {rows}: not its tokenizer")
-        for text in cfg.sentences or iter(lambda: input("\nsentence with [MASK]: ").strip(), ""):
+def answer(cfg: Config) -> None:
+    """Answer each sentence, given or asked for. ValueError for what cannot be answered."""
+    if cfg.top_k < 1:
+        raise ValueError(f"--top_k {cfg.top_k}: give at least 1")
+    folder = find_folder(cfg.run)
+    model = MaskedLM.from_pretrained(folder)
+    tokenizer = Tokenizer.load(cfg.tokenizer or folder)
+    if (n := tokenizer.vocab_size) > (rows := model.cfg.padded_vocab_size):
+        raise ValueError(f"the tokenizer has {n} entries, the model {rows}: not its tokenizer")
+    for text in cfg.sentences:
+        print_answers(model, tokenizer, text, cfg)
+    with suppress(EOFError, KeyboardInterrupt):
+        while not cfg.sentences and (text := input("\nsentence with [MASK]: ").strip()):
             try:
                 print_answers(model, tokenizer, text, cfg)
             except ValueError as e:  # a slip of the pen does not end the questions
-                if cfg.sentences:
-                    raise
                 print(e)
-    except ValueError as e:
-        raise SystemExit(f"error: {e}") from None
-    except (EOFError, KeyboardInterrupt):
-        pass
 
+
+main = script(answer, Config)
 
 if __name__ == "__main__":
     main()

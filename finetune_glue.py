@@ -45,7 +45,7 @@ from glue.starts import Start, find_starts
 from glue.table import append_record, identity, percent, table
 from glue.tasks import FROM_MNLI, OWN, PAIR, SANE, SEEDS, TASKS, Recipe, Task, evaluate
 from kernels import attention_backend
-from machine import device_name, git_revision, pick_device, pick_dtype, read_command_line
+from machine import device_name, git_revision, pick_device, pick_dtype, script
 from model import SequenceClassifier, TokenClassifier
 from records import make_folder, read_json, read_jsonl, to_json, write_atomically
 
@@ -54,8 +54,6 @@ SAVE_EVERY = 60  # seconds of training that a kill may cost, and the rest of an 
 
 @dataclass
 class Config:
-    """Fine-tune encoders on GLUE, or on a labelled file of your own."""
-
     runs: tyro.conf.Positional[tuple[str, ...]] = ()  # run folders, or folders with weights
     checkpoints: Literal["latest", "all"] = "latest"  # of a run folder; one: give its own folder
     from_scratch: bool = False  # also start from random weights: what is pretraining worth?
@@ -404,14 +402,7 @@ def finetune(cfg: Config) -> None:
         print("written:", ", ".join(dict.fromkeys(map(str, written))))
 
 
-def main(args: list[str] | None = None) -> None:
-    """Command line; `args` replaces sys.argv[1:] in tests."""
-    cfg = read_command_line(Config, args)
-    try:
-        finetune(cfg)
-    except (ValueError, OSError) as e:
-        raise SystemExit(f"error: {str(e).splitlines()[0]}") from None
-
+main = script(finetune, Config)
 
 if __name__ == "__main__":
     main()

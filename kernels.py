@@ -66,8 +66,6 @@ def _wide(x: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------- position
-
-
 def alibi_slopes(n_heads: int, ratio: float = 1.0) -> Tensor:
     """ALiBi's slopes of each head, (n_heads, 2) float32: for keys to the left and to the right.
 
@@ -108,8 +106,6 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------- attention
-
-
 def attention_reference(
     qkv: Tensor, cu_seqlens: Tensor, slopes: Tensor | None = None, rope_base: float = 0.0
 ) -> Tensor:
@@ -537,8 +533,6 @@ def _attention_triton(qkv, cu_seqlens, slopes, rope_base, max_seqlen, backward_o
 
 
 # ----------------------------------------------------------------------------- masked cross entropy
-
-
 def cross_entropy_reference(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """logits (M, V), labels (M,) -> (losses (M,), 1.0 where argmax is the label (M,), gradient of
     the summed loss (M, V)), in fp32 or wider."""
@@ -588,8 +582,6 @@ CROSS_ENTROPY_OPTIONS = {"BLOCK": 4096, "num_warps": 8, **FUSION}
 
 
 # ----------------------------------------------------------------------------- GeGLU and dropout
-
-
 def drop_threshold(dropout_p: float) -> tuple[int, float]:
     """(n, scale): n of 2^16 are dropped, what stays is scaled."""
     dropped = min(round(dropout_p * 2**16), 2**16 - 1)
@@ -924,8 +916,6 @@ class _GegluCpu(torch.autograd.Function):
 
 
 # ----------------------------------------------------------------------------- padded
-
-
 def _attention_padded(qkv, cu_seqlens, max_seqlen, slopes, rope_base, dropout_p):
     """Attention as one padded batch (B, max_seqlen) through PyTorch's own: out (T, H, D). For BERT
     on a GPU, whose dropout of the attention weights the Triton kernel does not have; it never waits
@@ -949,8 +939,6 @@ def _attention_padded(qkv, cu_seqlens, max_seqlen, slopes, rope_base, dropout_p)
 
 
 # ----------------------------------------------------------------------------- ops and functions
-
-
 def _check_attention(qkv, cu_seqlens, slopes, max_seqlen, use_triton):
     (H, D), cu = qkv.shape[-2:], cu_seqlens
     dtypes = [torch.float32, torch.bfloat16, torch.float16] + [torch.float64] * (not use_triton)

@@ -12,10 +12,11 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from records import BadInput, make_folder, to_json, write_atomically
+from records import make_folder, to_json, write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -27,17 +28,31 @@ PEAK_BF16_TFLOPS = {  # dense, from the data sheets; part of the GPU's name (the
 }
 
 
-def read_command_line(config: type, args: list[str] | None = None, prog: str | None = None,
-                      about: str = "", positional: bool = False) -> Any:
+def read_command_line(config: type, args: list[str] | None = None, positional=False) -> Any:
     """A `config` from the command line `args`, default sys.argv[1:]. tyro says what does not fit,
-    exit code 2. `prog`, `about`: the script's name in --help and what that says above the flags;
-    `positional`: required fields are given without --name."""
+    exit code 2; --help begins with the docstring of config's file. `positional`: required fields
+    are given without --name."""
     import tyro
 
+    file = sys.modules[config.__module__]
+    prog = file.__spec__ and f"python -m {file.__spec__.name}"
     # a switch has one flag: --no_x where x is on by default, else --x
     options = [tyro.conf.FlagCreatePairsOff] + [tyro.conf.PositionalRequiredArgs] * positional
-    return tyro.cli(config, args=args, prog=prog, description=about or config.__doc__,
-                    use_underscores=True, config=options)
+    return tyro.cli(config, args=args, prog=prog, description=file.__doc__, use_underscores=True,
+                    config=options)
+
+
+def script(run: Callable[[Any], Any], config: type, positional=False) -> Callable[..., Any]:
+    """main(args): `run` with read_command_line(config, args, positional). Its ValueErrors and
+    OSErrors are the user's to mend: they end the process with one line."""
+    def main(args: list[str] | None = None) -> Any:
+        cfg = read_command_line(config, args, positional)
+        try:
+            return run(cfg)
+        except (ValueError, OSError) as e:
+            raise SystemExit(f"error: {e}".splitlines()[0]) from None
+
+    return main
 
 
 def peak_tflops(gpu: str) -> float | None:
@@ -114,14 +129,11 @@ def failure(error: Exception) -> str:
 
 
 def report_path(mode: str, device: torch.device, out: str = "") -> Path:
-    """Where a benchmark's report goes: `out` or results/<mode>-<device>.json. SystemExit (one line)
-    if it cannot be written there: call this before the work too."""
+    """Where a benchmark's report goes: `out` or results/<mode>-<device>.json. BadInput if it cannot
+    be written there: call this before the work too."""
     slug = re.sub(r"[^a-z0-9]+", "-", hardware_name(device).lower()).strip("-")
     path = Path(out or Path(__file__).parent / "results" / f"{mode}-{slug}.json")
-    try:
-        make_folder(path.parent, "give another --out")
-    except BadInput as error:
-        raise SystemExit(f"error: the report cannot be written: {error}") from None
+    make_folder(path.parent, "give another --out")
     return path
 
 

@@ -39,8 +39,6 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 
 # ----------------------------------------------------------------------------- config
-
-
 @dataclass
 class EncoderConfig:
     """Shape and ingredients of an encoder; each is a flag of pretrain.py (--model.n_layers 6)."""
@@ -145,8 +143,6 @@ def flops_per_token(cfg: EncoderConfig, s_eff: float, masked_share: float) -> fl
 
 
 # ----------------------------------------------------------------------------- layers
-
-
 class LayerNorm(nn.LayerNorm):
     """LayerNorm over the last axis, in the autocast dtype when `low_precision` is set.
 
@@ -287,8 +283,6 @@ class Layer(nn.Module):
 
 
 # ----------------------------------------------------------------------------- encoder
-
-
 class Pretrained(nn.Module):
     """What the encoder and the models with a head share: initialisation, saving, loading."""
 
@@ -440,8 +434,6 @@ def _pad_again(x: Tensor, padding: tuple | None) -> Tensor:
 
 
 # ----------------------------------------------------------------------------- heads
-
-
 class DecoderLoss(torch.autograd.Function):
     """Vocabulary matmul and masked cross entropy in one: h (M, d), weight (V, d), bias (V,), labels
     (M,) -> (loss summed over M, number of correct predictions).
@@ -562,8 +554,6 @@ class TokenClassifier(Pretrained):
 
 
 # ----------------------------------------------------------------------------- loading
-
-
 def find_checkpoints(run: str | Path) -> list[Path]:
     """Complete checkpoints of a run folder, oldest first (empty list: none).
 

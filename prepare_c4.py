@@ -381,7 +381,7 @@ def main() -> None:
     from machine import read_command_line  # not needed by the workers, which import this file
 
     try:
-        prepare(read_command_line(Config, about=__doc__, positional=True))
+        prepare(read_command_line(Config, positional=True))
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command continues") from None
     except BadInput as e:

@@ -28,8 +28,7 @@ import prepare_c4
 from corpus.shards import Corpus
 from corpus.sources import find_items
 from corpus.tokenizer import Tokenizer
-from machine import read_command_line, report_path, write_report
-from records import BadInput
+from machine import report_path, script, write_report
 
 ONE_CORE = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -127,10 +126,7 @@ def run(cfg: Config) -> None:
 
     report_path("data", cpu := torch.device("cpu"), cfg.out)
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            body = bench(cfg, Path(folder))
-        except BadInput as e:
-            raise SystemExit(f"error: python -m bench.data: {e}") from None
+        body = bench(cfg, Path(folder))
     print(f"\n{'whole path':16}{'MB/CPU s':>9}{'MB/s':>9}")
     for name, row in body["paths"].items():
         print(f"{name:16}{row['mb_per_cpu_s']:9.1f}{row['mb_per_s']:9.1f}")
@@ -140,4 +136,4 @@ def run(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(read_command_line(Config, prog="python -m bench.data", about=__doc__))
+    script(run, Config)()

@@ -48,7 +48,7 @@ import pretrain
 import recipes
 import runlog
 from bench.step import open_data
-from machine import peak_tflops, read_command_line, report_path, write_report
+from machine import peak_tflops, report_path, script, write_report
 
 try:
     import triton
@@ -76,8 +76,6 @@ IN_A_STEP = ("masking", "forward", "backward", "optimizer", "loop")
 
 @dataclass
 class Config:
-    """Dry run of pretraining on a CUDA chip that is not there."""
-
     preset: str
     layers: int = 0  # 0: the preset's
     compile: bool = False
@@ -374,11 +372,11 @@ def rehearse(module: str, *args: str) -> None:
 
 def dry_run(cfg: Config) -> dict:
     """Two steps of two micro-batches with an evaluation and a checkpoint after each, and what they
-    asked of the chip. Once a process. SystemExit, one line, for what it does not know."""
+    asked of the chip. Once a process. ValueError, one line, for what it does not know."""
     presets = recipes.make_presets()
     for flag, value, known in (("--chip", cfg.chip, CHIPS), ("--preset", cfg.preset, presets)):
         if value not in known:
-            raise SystemExit(f"error: {flag} {value}: choose from {', '.join(known)}")
+            raise ValueError(f"{flag} {value}: choose from {', '.join(known)}")
     recorder, wrap = start(cfg.chip), pretrain.wrap
     pretrain.wrap = lambda *args: recorder.within("forward", wrap(*args))
     for phase, owner, name in [
@@ -450,12 +448,8 @@ def show(result: dict, n: int = 30) -> None:
     print(*(f"unexpected: {line}" for line in result["unexpected"]), sep="\n")
 
 
-def main(args: list[str] | None = None) -> None:
-    """Command line; `args` replaces sys.argv[1:] in tests."""
-    args = sys.argv[1:] if args is None else args
-    if args[:1] == ["rehearse"]:
-        return rehearse(*args[1:])
-    cfg = read_command_line(Config, args, positional=True)
+def run(cfg: Config) -> None:
+    """Show and write the report; exit code 1 if something unexpected is in it."""
     report_path("dryrun", torch.device("cpu"), cfg.out)
     show(result := dry_run(cfg))
     name = f"{cfg.preset}-{result['layers']}-{'compiled' if cfg.compile else 'eager'}-{cfg.chip}"
@@ -464,5 +458,10 @@ def main(args: list[str] | None = None) -> None:
     raise SystemExit(bool(result["unexpected"]))
 
 
+main = script(run, Config, positional=True)
+
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["rehearse"]:
+        rehearse(*sys.argv[2:])
+    else:
+        main()

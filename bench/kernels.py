@@ -20,7 +20,7 @@ import torch._functorch.config
 import torch.nn.functional as F
 
 import kernels
-from machine import failure, read_command_line, report_path, write_report
+from machine import failure, report_path, script, write_report
 
 # Tokens per document at percentiles of C4's length distribution, without [CLS] and [SEP]: the first
 # 3,000 documents of its train split under a vocabulary of 30,528, mean 472. 2 % of the documents
@@ -263,4 +263,4 @@ def run(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(read_command_line(Config, prog="python -m bench.kernels", about=__doc__))
+    script(run, Config)()

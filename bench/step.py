@@ -290,11 +290,7 @@ def print_comparison(result: dict) -> None:
 
 def run(cfg: Config) -> dict:
     """Measure, print, write the report; returns what was written."""
-    try:
-        device = machine.pick_device(cfg.device)
-        source = open_data(cfg.data)
-    except ValueError as e:
-        raise SystemExit(f"error: {e}") from None
+    device, source = machine.pick_device(cfg.device), open_data(cfg.data)
     machine.report_path("step", device, cfg.out)
     dtype = machine.pick_dtype(cfg.dtype, device)
     if device.type == "cuda" and not cfg.micro_tokens:
@@ -314,4 +310,4 @@ def run(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    run(machine.read_command_line(Config, prog="python -m bench.step", about=__doc__))
+    machine.script(run, Config)()

@@ -11,8 +11,7 @@ import numpy as np
 
 from corpus.shards import Corpus
 from corpus.tokenizer import Tokenizer
-from machine import read_command_line
-from records import BadInput
+from machine import script
 
 
 @dataclasses.dataclass
@@ -52,8 +51,4 @@ def inspect_folder(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        inspect_folder(read_command_line(Config, prog="python -m corpus.inspect", about=__doc__,
-                                         positional=True))
-    except BadInput as e:
-        raise SystemExit(f"error: {e}") from None
+    script(inspect_folder, Config, positional=True)()

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import decoders, normalizers, pre_tokenizers, processors
 
 from corpus.tokenizer import BYTE_CHARS, SPECIALS, Tokenizer
-from machine import read_command_line
+from machine import script
 from model import (
     BERT_NAMES,
     Encoder,
@@ -52,8 +52,6 @@ HEADS = {  # our class -> the ends of transformers' name for it and of Auto's, i
 
 @dataclass
 class Config:
-    """Hand a checkpoint to the Hugging Face world."""
-
     run: tyro.conf.Positional[str]  # run folder, checkpoint, MosaicBERT or BERT folder or name
     out: str  # folder to write; must not exist
     bert: bool = False  # as transformers' own BERT, without code; only for BERT's shape
@@ -305,7 +303,7 @@ def model_card(model: Pretrained, tokenizer: Tokenizer, source: str, facts: dict
     )
 
 
-def export(cfg: Config) -> Path:
+def export(cfg: Config) -> None:
     """Write the folder whole, or nothing. ValueError, in one line, for what cannot be exported."""
     out = Path(cfg.out)
     if out.exists():
@@ -340,23 +338,17 @@ def export(cfg: Config) -> Path:
         if cfg.onnx:
             write_onnx(f"AutoModel{HEADS[head][1]}", unfinished, remote_code=not cfg.bert)
         unfinished.rename(out)
+    except ImportError as e:
+        raise ValueError(f"--onnx needs: pip install onnx onnxscript ({e})") from None
+    except SafetensorError as e:  # a full disk
+        raise ValueError(e) from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return out
-
-
-def main(args: list[str] | None = None) -> None:
-    """Command line; `args` replaces sys.argv[1:] in tests."""
-    cfg = read_command_line(Config, args)
-    try:
-        out = export(cfg)
-    except (ValueError, OSError, SafetensorError) as e:
-        raise SystemExit(f"error: {e}") from None
-    except ImportError as e:
-        raise SystemExit(f"error: --onnx needs: pip install onnx onnxscript ({e})") from None
     files = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
     print(f"wrote {out}: {', '.join(files)}")
 
+
+main = script(export, Config)
 
 if __name__ == "__main__":
     main()

@@ -25,15 +25,13 @@ import tyro
 from tqdm import tqdm
 
 from corpus.tokenizer import Tokenizer
-from machine import pick_device, pick_dtype, read_command_line
+from machine import pick_device, pick_dtype, script
 from model import MaskedLM, find_checkpoints, find_folder
 from records import make_folder, read_json, write_atomically
 
 
 @dataclass
 class Config:
-    """Accuracy on minimal pairs: BLiMP's files (*.jsonl) or Zorro's (*.txt)."""
-
     runs: tyro.conf.Positional[tuple[str, ...]]  # run folders, checkpoints, Hugging Face BERTs
     blimp_dir: str  # folder with the files of BLiMP or of Zorro
     pairs: int = 0  # of each file, the first ones; 0: all
@@ -144,18 +142,16 @@ def evaluate(run: str, checkpoint: Path, benchmark: str, pairs: list, cfg: Confi
     print(f"wrote {path}")
 
 
-def main(args: list[str] | None = None) -> None:
-    """Command line; `args` replaces sys.argv[1:] in tests."""
-    cfg = read_command_line(Config, args)
-    try:
-        benchmark, pairs = read_pairs(cfg.blimp_dir, cfg.pairs)
-        for run in cfg.runs:
-            steps = find_checkpoints(run) if cfg.checkpoints == "all" else []
-            for checkpoint in steps or [find_folder(run)]:
-                evaluate(run, checkpoint, benchmark, pairs, cfg)
-    except (ValueError, OSError) as e:
-        raise SystemExit(f"error: {e}") from None
+def evaluate_runs(cfg: Config) -> None:
+    """Score every checkpoint asked for. ValueError (one line) for bad input."""
+    benchmark, pairs = read_pairs(cfg.blimp_dir, cfg.pairs)
+    for run in cfg.runs:
+        steps = find_checkpoints(run) if cfg.checkpoints == "all" else []
+        for checkpoint in steps or [find_folder(run)]:
+            evaluate(run, checkpoint, benchmark, pairs, cfg)
 
+
+main = script(evaluate_runs, Config)
 
 if __name__ == "__main__":
     main()

@@ -16,15 +16,13 @@ import tyro
 from torch import Tensor
 
 from corpus.tokenizer import Tokenizer
-from machine import read_command_line
+from machine import script
 from model import MaskedLM, find_folder
 from records import BadInput, make_folder
 
 
 @dataclass
 class Config:
-    """Function-preserving growth of a checkpoint."""
-
     run: tyro.conf.Positional[str]  # run folder or checkpoint
     out: str  # folder for the weights and their tokenizer
     n_layers: int = 0  # of the large one; 0: as many as now
@@ -84,23 +82,21 @@ def grow(small: MaskedLM, n_layers: int, seed: int = 0) -> MaskedLM:
     return large
 
 
-def main(args: list[str] | None = None) -> None:
-    """Command line; `args` replaces sys.argv[1:] in tests."""
-    cfg = read_command_line(Config, args)
-    try:
-        source, out = find_folder(cfg.run), Path(cfg.out)
-        small, tokenizer = MaskedLM.from_pretrained(source), Tokenizer.load(source)
-        n_layers = cfg.n_layers or small.cfg.n_layers
-        if n_layers < small.cfg.n_layers:
-            raise BadInput(f"--n_layers {n_layers}: {source} has {small.cfg.n_layers} already")
-        make_folder(out)
-        large = grow(small, n_layers, cfg.seed)
-        large.save_pretrained(out)
-        tokenizer.save(out)
-    except (ValueError, OSError) as e:
-        raise SystemExit(f"error: {e}") from None
+def write_grown(cfg: Config) -> None:
+    """Grow a checkpoint and write it with its tokenizer. BadInput for fewer layers than now."""
+    source, out = find_folder(cfg.run), Path(cfg.out)
+    small, tokenizer = MaskedLM.from_pretrained(source), Tokenizer.load(source)
+    n_layers = cfg.n_layers or small.cfg.n_layers
+    if n_layers < small.cfg.n_layers:
+        raise BadInput(f"--n_layers {n_layers}: {source} has {small.cfg.n_layers} already")
+    make_folder(out)
+    large = grow(small, n_layers, cfg.seed)
+    large.save_pretrained(out)
+    tokenizer.save(out)
     print(f"wrote {out}: {small.n_params():,} -> {large.n_params():,} parameters")
 
+
+main = script(write_grown, Config)
 
 if __name__ == "__main__":
     main()

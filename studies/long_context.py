@@ -29,15 +29,13 @@ import plots
 from batches import Batch, mask_tokens
 from corpus.shards import Corpus
 from corpus.tokenizer import Tokenizer
-from machine import device_name, git_revision, pick_device, pick_dtype, read_command_line
+from machine import device_name, git_revision, pick_device, pick_dtype, script
 from model import MaskedLM, find_folder
 from records import make_folder, read_json, standard_error, to_json, write_atomically
 
 
 @dataclass
 class Config:
-    """MLM loss of the same masked tokens in windows of several lengths."""
-
     runs: tyro.conf.Positional[tuple[str, ...]]  # run folders (latest checkpoints), or checkpoints
     data: str  # folder made by prepare_c4.py with the models' tokenizer
     lengths: tuple[int, ...] = (128, 512, 2_048, 8_192)  # tokens of a window, with [CLS] and [SEP]
@@ -197,14 +195,7 @@ def measure_runs(cfg: Config) -> None:
     draw(records, path.with_suffix(".png") if len(records) == 1 else out / "long-context.png")
 
 
-def main(args: list[str] | None = None) -> None:
-    """Command line; `args` replaces sys.argv[1:] in tests."""
-    cfg = read_command_line(Config, args)
-    try:
-        measure_runs(cfg)
-    except (ValueError, OSError) as e:
-        raise SystemExit(f"error: {e}") from None
-
+main = script(measure_runs, Config)
 
 if __name__ == "__main__":
     main()

@@ -373,7 +373,7 @@ def sweep(cfg: Config) -> int:
 
 def main() -> None:
     """Command line: presets first, then any setting."""
-    cfg = read_command_line(Config, about=__doc__)
+    cfg = read_command_line(Config)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a KeyboardInterrupt
     try:
         raise SystemExit(sweep(cfg))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from machine import read_command_line
+from machine import read_command_line, script
 
 
 @dataclass
@@ -33,14 +33,26 @@ def test_fields_are_read_with_underscores_and_switches_only_from_their_default()
 ])
 def test_a_wrong_flag_is_named_with_what_was_meant(args, says, capsys):
     with pytest.raises(SystemExit) as e:
-        read_command_line(Config, args, "script.py")
+        read_command_line(Config, args)
     printed = capsys.readouterr()
     assert e.value.code == 2 and not printed.out
     assert all(words in printed.err for words in says)
 
 
-@pytest.mark.parametrize("script", ["pretrain.py bert-tiny", "plots.py loss runs"])
-def test_scripts_that_read_their_command_line_themselves_refuse_so_too(script):
-    words = [sys.executable, *script.split(), "--no_such_flag"]
+def test_what_the_user_can_mend_is_one_line():
+    def run(cfg: Config) -> float:
+        if cfg.quick:
+            raise ValueError(f"{cfg.run} is\nno folder")
+        return cfg.lr
+
+    main = script(run, Config)
+    assert main(["x"]) == 1.0
+    with pytest.raises(SystemExit, match="^error: x is$"):
+        main(["x", "--quick"])
+
+
+@pytest.mark.parametrize("file", ["pretrain.py bert-tiny", "plots.py loss runs"])
+def test_scripts_that_read_their_command_line_themselves_refuse_so_too(file):
+    words = [sys.executable, *file.split(), "--no_such_flag"]
     ended = subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert ended.returncode == 2 and not ended.stdout and "--no_such_flag" in ended.stderr
