@@ -14,7 +14,6 @@ it as a checkpoint. Seconds; a minute for --onnx (pip install onnx onnxscript).
 """
 
 import base64
-import json
 import logging
 import shutil
 import warnings
@@ -27,20 +26,13 @@ import tyro
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import decoders, normalizers, pre_tokenizers, processors
+from torch import nn
 
 from corpus.tokenizer import BYTE_CHARS, SPECIALS, Tokenizer
 from machine import script
-from model import (
-    BERT_NAMES,
-    Encoder,
-    MaskedLM,
-    Pretrained,
-    SequenceClassifier,
-    TokenClassifier,
-    find_folder,
-)
+from model import BERT_NAMES, Encoder, MaskedLM, SequenceClassifier, TokenClassifier, find_folder
 from recipes import run_config
-from records import make_folder, read_json, read_jsonl
+from records import make_folder, read_json, read_jsonl, to_json, write_atomically
 
 HEADS = {  # our class -> the ends of transformers' name for it and of Auto's, its pipeline
     MaskedLM: ("ForMaskedLM", "ForMaskedLM", "fill-mask"),
@@ -120,24 +112,16 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> str:
         shutil.copy(own, folder / "tokenization_nanomosaicbert.py")
         name = "tokenization_nanomosaicbert.NanoMosaicBertTokenizer"
         code = {"auto_map": {"AutoTokenizer": [None, name]}}
-    write_json(folder / "tokenizer_config.json", code | {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": max_length,
+    write_atomically(folder / "tokenizer_config.json", to_json(code | specials | {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length,
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
-        "clean_up_tokenization_spaces": False,
-        "additional_special_tokens": others,
-        **specials,
-    })
+        "clean_up_tokenization_spaces": False, "additional_special_tokens": others}))
     if not tokenizer.hf:
         tokenizer.save(folder)
     return specials["mask_token"]
 
 
-def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def label_config(model: Pretrained, config: dict) -> dict:
+def label_config(model: nn.Module, config: dict) -> dict:
     """What config.json says of a classifier's labels: the names in `config`, or how many."""
     if not isinstance(model, SequenceClassifier | TokenClassifier):
         return {}
@@ -147,7 +131,7 @@ def label_config(model: Pretrained, config: dict) -> dict:
     return labels | {k: config[k] for k in ["problem_type"] if config.get(k)}
 
 
-def write_model(model: Pretrained, tokenizer: Tokenizer, labels: dict, folder: Path) -> None:
+def write_model(model: nn.Module, tokenizer: Tokenizer, labels: dict, folder: Path) -> None:
     """config.json, model.safetensors (both readable by model.py as well) and the code."""
     model.save_pretrained(folder)
     if isinstance(model, SequenceClassifier):  # pooler and classifier are one module there
@@ -160,19 +144,15 @@ def write_model(model: Pretrained, tokenizer: Tokenizer, labels: dict, folder: P
     auto |= {f"AutoModel{end}": end for end in ("ForMultipleChoice", "ForQuestionAnswering")}
     auto["AutoConfig"] = "Config"
     shutil.copy(Path(__file__).with_name("modeling.py"), folder / "modeling_nanomosaicbert.py")
-    write_json(folder / "config.json", read_json(folder / "config.json") | {
-        "architectures": ["NanoMosaicBert" + HEADS[type(model)][0]],
-        "auto_map": {k: f"modeling_nanomosaicbert.NanoMosaicBert{end}" for k, end in auto.items()},
-        "pad_token_id": tokenizer.pad_id,
-        "tie_word_embeddings": model.cfg.tie_head,
-        **labels,
-    })
+    auto = {k: f"modeling_nanomosaicbert.NanoMosaicBert{end}" for k, end in auto.items()}
+    write_atomically(folder / "config.json", to_json(read_json(folder / "config.json") | labels | {
+        "architectures": ["NanoMosaicBert" + HEADS[type(model)][0]], "auto_map": auto,
+        "pad_token_id": tokenizer.pad_id, "tie_word_embeddings": model.cfg.tie_head}))
 
 
-def write_bert(model: Pretrained, tokenizer: Tokenizer, labels: dict, folder: Path) -> None:
+def write_bert(model: nn.Module, tokenizer: Tokenizer, labels: dict, folder: Path) -> None:
     """config.json and model.safetensors of transformers' BERT. ValueError for what is no BERT."""
-    cfg = model.cfg
-    dropout = cfg.output_dropout
+    cfg, dropout = model.cfg, model.cfg.output_dropout
     bert = dict(position="learned", mlp="gelu", norm="post", bias=True, tie_head=True,
                 embedding_dropout=dropout, mlp_dropout=dropout)
     is_ = {name: getattr(cfg, name) for name in bert}
@@ -192,15 +172,14 @@ def write_bert(model: Pretrained, tokenizer: Tokenizer, labels: dict, folder: Pa
             weights[name] = tensor
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "config.json", {
+    write_atomically(folder / "config.json", to_json({
         "model_type": "bert", "architectures": ["Bert" + HEADS[type(model)][0]],
         "vocab_size": cfg.padded_vocab_size, "type_vocab_size": cfg.n_token_types,
         "hidden_size": cfg.d_model, "intermediate_size": cfg.d_ff, "hidden_act": "gelu",
         "num_hidden_layers": cfg.n_layers, "num_attention_heads": cfg.n_heads,
         "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": cfg.attention_dropout,
         "classifier_dropout": cfg.classifier_dropout, "layer_norm_eps": cfg.norm_eps,
-        "max_position_embeddings": cfg.max_positions, "pad_token_id": tokenizer.pad_id, **labels,
-    })
+        "max_position_embeddings": cfg.max_positions, "pad_token_id": tokenizer.pad_id, **labels}))
 
 
 def write_onnx(auto: str, folder: Path, remote_code: bool) -> None:
@@ -208,8 +187,8 @@ def write_onnx(auto: str, folder: Path, remote_code: bool) -> None:
     (batch, length) -> logits. Weights beyond ONNX's 2 GB are put beside it."""
     import transformers
 
-    auto_model = getattr(transformers, auto)
-    model = auto_model.from_pretrained(folder, trust_remote_code=remote_code, return_dict=False)
+    how = dict(trust_remote_code=remote_code, return_dict=False)
+    model = getattr(transformers, auto).from_pretrained(folder, **how)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # misses torchvision, not needed here
     names = ["input_ids", "attention_mask", "token_type_ids"]
     inputs = tuple(torch.ones(2, 9, dtype=torch.long) for _ in names)  # one thrice is one input
@@ -270,7 +249,7 @@ and repeats the biases of that text; it has had no safety training. Fine-tune it
 """
 
 
-def model_card(model: Pretrained, tokenizer: Tokenizer, source: str, facts: dict, **fields) -> str:
+def model_card(model: nn.Module, tokenizer: Tokenizer, source: str, facts: dict, **fields) -> str:
     """README.md of the exported folder: what the model is, how it was made, how to use it, and its
     limits. `fields`: bert, mask, max_length."""
     case = "lowercased" if tokenizer.lowercase else "cased"

@@ -13,15 +13,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers import modeling_outputs as outputs
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BaseModelOutput,
-    MaskedLMOutput,
-    MultipleChoiceModelOutput,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
-)
 from transformers.utils import can_return_tuple
 
 try:  # LoRA on the attention's input projection, as peft does for BERT, where none is named
@@ -44,13 +37,9 @@ class NanoMosaicBertConfig(PretrainedConfig):
 
     model_type = "nanomosaicbert"
     attribute_map = {  # noqa: RUF012 (transformers' own idiom)
-        "hidden_size": "d_model",
-        "num_hidden_layers": "n_layers",
-        "num_attention_heads": "n_heads",
-        "intermediate_size": "d_ff",
-        "max_position_embeddings": "max_positions",
-        "type_vocab_size": "n_token_types",
-    }
+        "hidden_size": "d_model", "num_hidden_layers": "n_layers", "intermediate_size": "d_ff",
+        "num_attention_heads": "n_heads", "max_position_embeddings": "max_positions",
+        "type_vocab_size": "n_token_types"}
 
     def __init__(self, pad_token_id: int = 0, tie_word_embeddings: bool = True, **kwargs):
         for name, value in FIELDS.items():
@@ -278,8 +267,8 @@ class NanoMosaicBertModel(NanoMosaicBertPreTrainedModel):
             attentions += (weights,)
         x = x if self.final_norm is None else self.final_norm(x)
         x = x if real is None else x * real[..., None]
-        return BaseModelOutput(x, (*states, x) if output_hidden_states else None,
-                               attentions if output_attentions else None)
+        return outputs.BaseModelOutput(x, (*states, x) if output_hidden_states else None,
+                                       attentions if output_attentions else None)
 
 
 class Headed(NanoMosaicBertPreTrainedModel):
@@ -304,7 +293,7 @@ class Headed(NanoMosaicBertPreTrainedModel):
 class NanoMosaicBertForMaskedLM(Headed):
     """logits (B, S, vocab_size), without the rows that pad the embedding."""
 
-    output = MaskedLMOutput
+    output = outputs.MaskedLMOutput
     _tied_weights_keys = {"head.decoder.weight": "encoder.embeddings.word.weight"}  # noqa: RUF012
 
     def add_head(self, config: NanoMosaicBertConfig) -> None:
@@ -323,7 +312,7 @@ class NanoMosaicBertForMaskedLM(Headed):
 class NanoMosaicBertForSequenceClassification(Headed):
     """logits (B, num_labels); the loss is as config.problem_type or the labels' dtype says."""
 
-    output = SequenceClassifierOutput
+    output = outputs.SequenceClassifierOutput
 
     def add_head(self, config: NanoMosaicBertConfig) -> None:
         self.classifier = ClassificationHead(config, config.num_labels)
@@ -347,13 +336,13 @@ class NanoMosaicBertForMultipleChoice(Headed):
         out = self.encoder(return_dict=True, **kw)
         logits = self.classifier(out.last_hidden_state, kw["attention_mask"]).view(-1, n)
         loss = None if labels is None else F.cross_entropy(logits, labels)
-        return MultipleChoiceModelOutput(loss, logits, out.hidden_states, out.attentions)
+        return outputs.MultipleChoiceModelOutput(loss, logits, out.hidden_states, out.attentions)
 
 
 class NanoMosaicBertForTokenClassification(Headed):
     """Dropout -> linear on every token: logits (B, S, num_labels)."""
 
-    output = TokenClassifierOutput
+    output = outputs.TokenClassifierOutput
 
     def add_head(self, config: NanoMosaicBertConfig) -> None:
         self.dropout = nn.Dropout(config.classifier_dropout)
@@ -376,4 +365,5 @@ class NanoMosaicBertForQuestionAnswering(Headed):
         (start, end), loss = self.qa_outputs(out.last_hidden_state).float().unbind(-1), None
         if start_positions is not None and end_positions is not None:
             loss = self.loss_function(start, end, start_positions, end_positions)
-        return QuestionAnsweringModelOutput(loss, start, end, out.hidden_states, out.attentions)
+        states = out.hidden_states, out.attentions
+        return outputs.QuestionAnsweringModelOutput(loss, start, end, *states)
