@@ -55,16 +55,8 @@ METRICS = {  # --metric: name, unit, scale
 # for run names in Chinese, where one is installed
 FONTS = {"Noto Sans CJK SC", "Noto Sans CJK JP", "Hiragino Sans", "Microsoft YaHei", "SimHei"}
 plt.switch_backend("Agg")  # files only: works without a display
-plt.rcParams.update({
-    "figure.figsize": (6.6, 4.4), "figure.constrained_layout.use": True, "savefig.dpi": 200,
-    "font.family": ["DejaVu Sans", *sorted(FONTS & set(get_font_names()))], "font.size": 9,
-    "text.parse_math": False,  # names are text: a run may be called lr_$1$
-    "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "axes.grid": True, "axes.axisbelow": True, "axes.ymargin": 0.08, "axes.edgecolor": "0.3",
-    "axes.spines.top": False, "axes.spines.right": False, "grid.color": "0.92",
-    "xtick.color": "0.3", "ytick.color": "0.3", "legend.frameon": False, "legend.fontsize": 8,
-    "legend.handlelength": 3.2, "lines.linewidth": 1.6, "svg.hashsalt": "plots",
-})
+plt.style.use(Path(__file__).with_suffix(".mplstyle"))
+plt.rcParams["font.family"] = ["DejaVu Sans", *sorted(FONTS & set(get_font_names()))]
 
 Paths = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(help="runs/*, results/*")]
 Out = Annotated[str, tyro.conf.arg(help="file to write: .png, .svg or .pdf")]

@@ -216,39 +216,6 @@ def run_facts(checkpoint: Path) -> dict:
     return facts | {"eval": evals[-1] if evals else None}
 
 
-CARD = """---
-library_name: transformers
-pipeline_tag: {pipeline}
-mask_token: "{mask}"
-tags: [encoder, {position}]
----
-
-# {name}
-
-An encoder of {family}; `config.json` has its shape.
-
-| | |
-|---|---|
-{table}
-
-```python
-from transformers import {auto}, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
-model = {auto}.from_pretrained("."{trust})
-```
-
-`SentenceTransformer("."{trust})` returns the mean of the hidden states. Masked-language modelling
-alone does not place similar sentences close together; fine-tune it on pairs first.
-
-## Limits
-
-The tokenizer truncates to {max_length} tokens when asked to. The model knows only its training data
-and repeats the biases of that text; it has had no safety training. Fine-tune it before use:
-`fill-mask` shows what it has learned, not what is true.
-"""
-
-
 def model_card(model: nn.Module, tokenizer: Tokenizer, source: str, facts: dict, **fields) -> str:
     """README.md of the exported folder: what the model is, how it was made, how to use it, and its
     limits. `fields`: bert, mask, max_length."""
@@ -272,7 +239,7 @@ def model_card(model: nn.Module, tokenizer: Tokenizer, source: str, facts: dict,
         }
     else:
         rows["exported from"] = f"`{source}`, by nanoMosaicBERT"
-    return CARD.format(
+    return Path(__file__).with_name("card.md").read_text(encoding="utf-8").format(
         **fields, auto=f"AutoModel{HEADS[type(model)][1]}", pipeline=HEADS[type(model)][2],
         position=model.cfg.position, name=Path(facts.get("run", source)).name,
         table="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
