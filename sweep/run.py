@@ -26,7 +26,7 @@ import sys
 import time
 import zlib
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
@@ -95,14 +95,14 @@ class Job:
     after: str  # name of the job that has to be finished before; "": none
     pretrains: bool = True  # else it fine-tunes
 
-    def key(self) -> list:
-        """What it is, as JSON has it; of a fine-tuning also the run that it starts from."""
-        of = asdict(self.variant.cfg) if self.pretrains else progress(self.run)
-        return json.loads(json.dumps([self.command[1:], of]))
+    def mark(self, state: Path) -> Path:
+        """The file that is there when it has finished, named by its command and settings; of a
+        fine-tuning by the run that it starts from."""
+        of = self.variant.cfg if self.pretrains else progress(self.run)
+        return state / f"{self.name}-{zlib.crc32(repr((self.command[1:], of)).encode()):08x}"
 
     def is_finished(self, state: Path) -> bool:
-        mark = saved(state / f"{self.name}.json").get("finished")
-        return mark == self.key() and bool(progress(self.run).get("finished"))
+        return self.mark(state).exists() and bool(progress(self.run).get("finished"))
 
 
 def read_variant(text: str) -> tuple[str, list[str]]:
@@ -268,8 +268,7 @@ def work(jobs: list[Job], state: Path, lock: IO, workers: int) -> dict[str, str]
                 del running[worker]
                 n, said = n + 1, f"{time.time() - began:,.0f} s"
                 if not process.returncode and progress(job.run).get("finished"):
-                    mark = to_json({"finished": job.key()})
-                    write_atomically(state / f"{job.name}.json", mark)
+                    job.mark(state).touch()
                 else:  # its last line says why
                     code = f"exit code {process.returncode}" if process.returncode else ""
                     output = (state / f"{job.name}.log").read_text(errors="replace").strip()
@@ -377,14 +376,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a KeyboardInterrupt
     try:
         raise SystemExit(sweep(cfg))
-    except BadInput as e:
+    except (BadInput, OSError) as e:
         raise SystemExit(f"error: {e}") from None
     except ValueError as e:  # of shlex
         raise SystemExit(f"error: --flags or --finetune: {e}") from None
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command continues") from None
-    except OSError as e:
-        raise SystemExit(f"error: {e.filename or 'a file'}: {e.strerror}") from None
 
 
 if __name__ == "__main__":
