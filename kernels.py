@@ -106,9 +106,8 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------- attention
-def attention_reference(
-    qkv: Tensor, cu_seqlens: Tensor, slopes: Tensor | None = None, rope_base: float = 0.0
-) -> Tensor:
+def attention_reference(qkv: Tensor, cu_seqlens: Tensor, slopes: Tensor | None = None,
+                        rope_base: float = 0.0) -> Tensor:
     """What every attention of this file must equal: qkv (T, 3, H, D) -> (T, H, D), one document at
     a time, matmuls in the dtype of qkv, softmax in fp32 or wider. Arguments: varlen_attention."""
     out = torch.zeros_like(qkv[:, 0])
@@ -208,10 +207,9 @@ def _add_alibi(s, left, right, x):
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n_tiles"])
-def _attn_one_tile(
-    qkv, out, dout, lse, dqkv, cu_seqlens, slopes, rope, n_tokens, stride, n_tiles, scale,
-    BACKWARD: tl.constexpr, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-):
+def _attn_one_tile(qkv, out, dout, lse, dqkv, cu_seqlens, slopes, rope, n_tokens, stride, n_tiles,
+                   scale, BACKWARD: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+                   ROWS: tl.constexpr):
     """A document of at most ROWS tokens: its scores are one tile, and a plain softmax will do. The
     backward is five matmuls where separate dq and dk/dv kernels need seven, and has delta_i = sum_j
     p_ij dp_ij in registers: `out` is not read at all."""
@@ -283,10 +281,8 @@ def _side(SIDE: tl.constexpr, at, HELD: tl.constexpr, STEP: tl.constexpr, n):
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n_tiles"])
-def _attn_fwd_loop(
-    qkv, out, lse, cu_seqlens, slopes, rope, n_tokens, stride, n_tiles, scale, H: tl.constexpr,
-    D: tl.constexpr, HELD: tl.constexpr, STEP: tl.constexpr,
-):
+def _attn_fwd_loop(qkv, out, lse, cu_seqlens, slopes, rope, n_tokens, stride, n_tiles, scale,
+                   H: tl.constexpr, D: tl.constexpr, HELD: tl.constexpr, STEP: tl.constexpr):
     """HELD queries of a document against all its keys, STEP at a time, with an online softmax."""
     head, first, n, i0 = _locate(cu_seqlens, n_tiles, H, HELD)
     if i0 >= n:
@@ -330,10 +326,9 @@ def _attn_fwd_loop(
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n_tiles"])
-def _attn_bwd_loop(
-    qkv, out, dout, lse, delta, dqkv, cu_seqlens, slopes, rope, n_tokens, stride, n_tiles, scale,
-    KEYS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HELD: tl.constexpr, STEP: tl.constexpr,
-):
+def _attn_bwd_loop(qkv, out, dout, lse, delta, dqkv, cu_seqlens, slopes, rope, n_tokens, stride,
+                   n_tiles, scale, KEYS: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+                   HELD: tl.constexpr, STEP: tl.constexpr):
     """The gradient of HELD rows against all rows of the document, STEP at a time: dq of queries, or
     (KEYS, scores transposed) dk and dv of keys. Both are s = x x'^T, dp = y y'^T, dx += ds x', x
     being q or k, y do or v. dq runs first and leaves delta_i = sum_d out_id dout_id for dk:
@@ -414,10 +409,8 @@ def _attn_bwd_loop(
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n_tiles"])
-def _rope_rows(
-    qkv, out, cu_seqlens, slopes, rope, n_tokens, stride, n_tiles, scale, BACK: tl.constexpr,
-    H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-):
+def _rope_rows(qkv, out, cu_seqlens, slopes, rope, n_tokens, stride, n_tiles, scale,
+               BACK: tl.constexpr, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
     """RoPE for the loop kernels, which would spill with it inside and turn a key once for every
     tile of queries: out (T, 3, H, D) is qkv with q and k turned, or (BACK, in place) dqkv turned
     back. At d = 768 in bf16 that moves 9 KB a token and layer forward, 15 KB backward."""
@@ -550,9 +543,8 @@ def cross_entropy_reference(logits: Tensor, labels: Tensor) -> tuple[Tensor, Ten
 
 
 @triton.jit
-def _cross_entropy_rows(
-    logits, labels, losses, correct, stride, n_columns, WRITE: tl.constexpr, BLOCK: tl.constexpr
-):
+def _cross_entropy_rows(logits, labels, losses, correct, stride, n_columns, WRITE: tl.constexpr,
+                        BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = logits + row * stride
     label = tl.load(labels + row)
@@ -654,9 +646,8 @@ def _random_words(counter, key):
 
 
 @triton.jit(do_not_specialize=["dropped"])
-def _geglu(
-    h, dout, out, seed, width, half, dropped, scale, BACKWARD: tl.constexpr, BLOCK: tl.constexpr
-):
+def _geglu(h, dout, out, seed, width, half, dropped, scale, BACKWARD: tl.constexpr,
+           BLOCK: tl.constexpr):
     """Two blocks of a row of `out`: the product, or (BACKWARD) the gradient of h."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -768,9 +759,8 @@ def _rotate_(x: Tensor, table: Tensor) -> Tensor:
     return x if wide is x else x.copy_(wide)
 
 
-def keep_mask(
-    like: Tensor, dropout_p: float, generator: torch.Generator | None = None
-) -> tuple[Tensor, float]:
+def keep_mask(like: Tensor, dropout_p: float,
+              generator: torch.Generator | None = None) -> tuple[Tensor, float]:
     """Dropout's mask: (bool like `like`, False with probability dropout_p rounded to 2^-16; the
     scale of what stays). 16 bits decide, cut from 64: a CPU draws those much faster than floats."""
     words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
@@ -963,10 +953,9 @@ def _check_attention(qkv, cu_seqlens, slopes, max_seqlen, use_triton):
 
 
 @torch.library.custom_op("nanomosaic::attention", mutates_args=())
-def _attention(
-    qkv: Tensor, cu_seqlens: Tensor, slopes: Tensor | None, seed: Tensor | None, rope_base: float,
-    max_seqlen: int, dropout_p: float, use_triton: bool,
-) -> tuple[Tensor, Tensor]:
+def _attention(qkv: Tensor, cu_seqlens: Tensor, slopes: Tensor | None, seed: Tensor | None,
+               rope_base: float, max_seqlen: int, dropout_p: float,
+               use_triton: bool) -> tuple[Tensor, Tensor]:
     _check_attention(qkv, cu_seqlens, slopes, max_seqlen, use_triton)
     if use_triton:
         return _attention_triton(qkv, cu_seqlens, slopes, rope_base, max_seqlen)
@@ -982,10 +971,9 @@ def _(qkv, *_):
 
 
 @torch.library.custom_op("nanomosaic::attention_backward", mutates_args=())
-def _attention_backward(
-    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, slopes: Tensor | None,
-    seed: Tensor | None, rope_base: float, max_seqlen: int, dropout_p: float, use_triton: bool,
-) -> Tensor:
+def _attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
+                        slopes: Tensor | None, seed: Tensor | None, rope_base: float,
+                        max_seqlen: int, dropout_p: float, use_triton: bool) -> Tensor:
     if use_triton:
         saved = dout, out, lse
         return _attention_triton(qkv, cu_seqlens, slopes, rope_base, max_seqlen, saved)
@@ -1010,10 +998,9 @@ def _attention_grad(ctx, dout, _dlse):
 _attention.register_autograd(_attention_grad, setup_context=_attention_save)
 
 
-def varlen_attention(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, slopes: Tensor | None = None, *,
-    rope_base: float = 0.0, dropout_p: float = 0.0, seed: Tensor | None = None, backend="auto",
-) -> Tensor:
+def varlen_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, slopes: Tensor | None = None,
+                     *, rope_base: float = 0.0, dropout_p: float = 0.0, seed: Tensor | None = None,
+                     backend="auto") -> Tensor:
     """Attention inside each document of a flat batch, with ALiBi, RoPE, both or neither:
 
     out_i = sum_j softmax_j(q_i . k_j / sqrt(D) - slope |i - j|) v_j over the rows j of i's own

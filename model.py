@@ -366,10 +366,8 @@ class Encoder(Pretrained):
         self.final_norm = LayerNorm(cfg) if cfg.norm == "pre" else None
         self.init_weights()
 
-    def flat(
-        self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, token_type_ids=None,
-        rows: Tensor | None = None,
-    ) -> Tensor:
+    def flat(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, token_type_ids=None,
+             rows: Tensor | None = None) -> Tensor:
         """The training path. Padding does not exist here.
 
         input_ids (T,) int64 · cu_seqlens (B+1,) int32, from 0 to at most T, repeats allowed (empty

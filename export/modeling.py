@@ -228,10 +228,8 @@ class NanoMosaicBertModel(NanoMosaicBertPreTrainedModel):
         return hide[:, None, None] if bias is None else bias + hide[:, None, None]
 
     @can_return_tuple
-    def forward(
-        self, input_ids=None, attention_mask=None, token_type_ids=None, position_ids=None,
-        inputs_embeds=None, output_attentions=None, output_hidden_states=None, **unused,
-    ):
+    def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, position_ids=None,
+                inputs_embeds=None, output_attentions=None, output_hidden_states=None, **unused):
         """input_ids, or inputs_embeds (B, S, d) in their place; the rest as transformers' BertModel
         takes it. ValueError for what only decoders have."""
         if wanted := [k for k, v in unused.items() if v is not None and v is not False]:

@@ -26,9 +26,8 @@ class NanoMosaicBertTokenizer(PreTrainedTokenizerFast):
             )
         return super().from_pretrained(*args, **kwargs)
 
-    def __call__(
-        self, text=None, text_pair=None, *args, is_split_into_words=False, return_tensors=None, **kw
-    ):
+    def __call__(self, text=None, text_pair=None, *args, is_split_into_words=False,
+                 return_tensors=None, **kw):
         if not is_split_into_words:
             return super().__call__(text, text_pair, *args, return_tensors=return_tensors, **kw)
         pair = with_spaces(text_pair)

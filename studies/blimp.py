@@ -71,9 +71,8 @@ def read_pairs(folder: str, n: int = 0) -> tuple[str, list[tuple[str, str, str, 
 
 
 @torch.no_grad()
-def pseudo_log_likelihoods(
-    model: MaskedLM, tokenizer: Tokenizer, sentences: list[str], dtype: torch.dtype, bar: tqdm
-) -> np.ndarray:
+def pseudo_log_likelihoods(model: MaskedLM, tokenizer: Tokenizer, sentences: list[str],
+                           dtype: torch.dtype, bar: tqdm) -> np.ndarray:
     """(n,) float64, nats: of each sentence, the sum over its tokens of the log-probability where
     that token alone is masked. Puts the model in eval mode; `bar` counts masked sentences."""
     device, model = next(model.parameters()).device, model.eval()
