@@ -447,8 +447,7 @@ ATTENTION_CONFIGS = {  # one_tile, fwd, dq, dkdv
     ("others", 64): (64, (128, 64, 8, 3), (128, 32, 8, 2), (128, 32, 8, 2)),
     ("others", 128): (64, (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
     ("fp32", 64): (0, (32, 16, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1)),
-    ("fp32", 128): (0, (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
-}
+    ("fp32", 128): (0, (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1))}
 
 
 def _attention_config(dtype: torch.dtype, D: int, capability: tuple, rope: bool) -> dict:
@@ -485,8 +484,7 @@ def _launch(name, pointers, qkv, cu_seqlens, slopes, rope, max_seqlen, config):
     if programs := H * n_tiles * (len(cu_seqlens) - 1):
         kernel[(programs,)](
             *pointers, cu_seqlens, slopes, rope, T, pointers[0].stride(0), n_tiles,
-            LOG2E * D**-0.5, H=H, D=D, **options,
-        )
+            LOG2E * D**-0.5, H=H, D=D, **options)
 
 
 def _attention_triton(qkv, cu_seqlens, slopes, rope_base, max_seqlen, backward_of=None):
@@ -1043,8 +1041,7 @@ def _cross_entropy_(logits: Tensor, labels: Tensor, write: bool) -> tuple[Tensor
     with torch.cuda.device_of(logits):
         _cross_entropy_rows[(len(labels),)](
             logits, labels, losses, correct, logits.stride(0), logits.shape[1], WRITE=write,
-            **CROSS_ENTROPY_OPTIONS,
-        )
+            **CROSS_ENTROPY_OPTIONS)
     return losses, correct
 
 

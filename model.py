@@ -106,8 +106,7 @@ class EncoderConfig:
 # any of these.
 NOT_IN_THE_WEIGHTS = {
     "embedding_dropout", "attention_dropout", "output_dropout", "mlp_dropout", "classifier_dropout",
-    "attention", "low_precision_norm", "masked_only_last_layer", "activation_checkpointing",
-}
+    "attention", "low_precision_norm", "masked_only_last_layer", "activation_checkpointing"}
 MOSAIC = dict(position="alibi", mlp="geglu", attention_dropout=0.0, low_precision_norm=True)
 BERT = dict(position="learned", mlp="gelu", attention_dropout=0.1, low_precision_norm=False)
 BASE = dict(n_layers=12, n_heads=12, d_model=768, d_ff=3_072)
@@ -116,16 +115,10 @@ LARGE = dict(n_layers=24, n_heads=16, d_model=1_024, d_ff=4_096)
 CPU = dict(embedding_dropout=0.0, output_dropout=0.0, mlp_dropout=0.0)
 SMALL = CPU | dict(n_layers=4, n_heads=4, d_model=256, d_ff=1_024)
 TINY = CPU | dict(n_layers=3, n_heads=4, d_model=128, d_ff=512)
-PRESETS: dict[str, dict] = {
-    "mosaic-base": BASE | MOSAIC,
-    "mosaic-large": LARGE | MOSAIC,
-    "mosaic-small": SMALL | MOSAIC,
-    "mosaic-tiny": TINY | MOSAIC,
-    "bert-base": BASE | BERT,
-    "bert-large": LARGE | BERT,
-    "bert-small": SMALL | BERT,
-    "bert-tiny": TINY | BERT,
-}
+SIZES = {"base": BASE, "large": LARGE, "small": SMALL, "tiny": TINY}
+PRESETS = {f"{family}-{size}": shape | ingredients
+           for family, ingredients in (("mosaic", MOSAIC), ("bert", BERT))
+           for size, shape in SIZES.items()}
 
 
 def flops_per_token(cfg: EncoderConfig, s_eff: float, masked_share: float) -> float:
@@ -378,8 +371,7 @@ class Encoder(Pretrained):
         if self.cfg.position == "learned" and max_seqlen > self.cfg.max_positions:
             raise ValueError(
                 f"a document of {max_seqlen} tokens does not fit the {self.cfg.max_positions} "
-                "learned positions; cut it, raise max_positions, or use ALiBi"
-            )
+                "learned positions; cut it, raise max_positions, or use ALiBi")
         x = self.embeddings(input_ids, cu_seqlens, token_type_ids)
         for i, layer in enumerate(self.layers):
             last = i == self.cfg.n_layers - 1 and self.cfg.masked_only_last_layer
@@ -629,8 +621,7 @@ BERT_NAMES = {
     "head.decoder.": "cls.predictions.decoder.",
 }
 MOSAIC_NAMES = BERT_NAMES | {
-    ".mlp.inp.": ".mlp.gated_layers.", ".mlp.out.": ".mlp.wo.", ".mlp_norm.": ".mlp.layernorm.",
-}
+    ".mlp.inp.": ".mlp.gated_layers.", ".mlp.out.": ".mlp.wo.", ".mlp_norm.": ".mlp.layernorm."}
 
 
 def _from_hf_layout(config: dict, weights: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
