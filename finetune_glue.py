@@ -45,7 +45,7 @@ from glue.starts import Start, find_starts
 from glue.table import append_record, identity, percent, table
 from glue.tasks import FROM_MNLI, OWN, PAIR, SANE, SEEDS, TASKS, Recipe, Task, evaluate
 from kernels import attention_backend
-from machine import device_name, git_revision, pick_device, pick_dtype, script
+from machine import device_name, git_revision, pick_device, pick_dtype, processes, script
 from model import SequenceClassifier, TokenClassifier
 from records import make_folder, read_json, read_jsonl, to_json, write_atomically
 
@@ -362,9 +362,7 @@ def pick_tasks(cfg: Config) -> dict[Task, dict[str, Source]]:
 def finetune(cfg: Config) -> None:
     """Run the jobs that have not run yet, alone or as one of torchrun's workers, and print the
     table. ValueError for bad input; all files are read and checked before the first job."""
-    rank, world, local = (int(os.environ.get(*name)) for name in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = pick_device(cfg.device, local)
+    (rank, world), device = processes(), pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
     tasks, starts = pick_tasks(cfg), find_starts(cfg)
     data = {task.name: load_data(task, sources) for task, sources in tasks.items()}

@@ -65,9 +65,9 @@ def processes() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def pick_device(kind: str, local_rank: int = 0) -> torch.device:
-    """The device called `kind`; "auto": the best there is. Ranks take the GPUs in turn.
-    ValueError if it is missing."""
+def pick_device(kind: str) -> torch.device:
+    """The device called `kind`; "auto": the best there is. torchrun's processes take the GPUs in
+    turn. ValueError if it is missing."""
     import torch
 
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
@@ -78,7 +78,8 @@ def pick_device(kind: str, local_rank: int = 0) -> torch.device:
     if kind == "cpu":  # batches of new shapes compile matmuls; the 1,024 oneDNN keeps fill 3 GB
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     if kind == "cuda":
-        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+        rank = int(os.environ.get("LOCAL_RANK", 0))
+        torch.cuda.set_device(rank % torch.cuda.device_count())
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device(kind)
 

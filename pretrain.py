@@ -18,7 +18,6 @@ begins from and saves in checkpoint.py, what it says and costs in runlog.py.
 """
 
 import math
-import os
 import signal
 import sys
 import warnings
@@ -200,7 +199,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     """Run or continue one pretraining; returns the run folder."""
     rank, world = processes()
     try:
-        device = pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
+        device = pick_device(cfg.device)
         start = resolve_start(preset, cfg, world)
     except ValueError as e:
         raise SystemExit(f"error: {e}") from None

@@ -42,7 +42,6 @@ class Config:
     out: str = ""  # where to write; default results/data-<device>.json
 
 
-# ---------------------------------------------------------------------------------- the two paths
 def ours(text: str, tokenizer: str, out: str) -> None:
     """prepare_c4.py, with a given tokenizer."""
     prepare_c4.prepare(prepare_c4.Config(text, out, tokenizer=tokenizer, workers=1))
@@ -74,7 +73,6 @@ def timed(path, *arguments: Path) -> tuple[float, float]:
     return time.perf_counter() - started, sum(os.times()[:4]) - sum(before[:4])
 
 
-# ------------------------------------------------------------------------------- what is measured
 def same_documents(folder: Path, arrow: Path) -> bool:
     """Whether our shards and the peer's arrow file hold the same documents, in whatever order."""
     import datasets

@@ -32,7 +32,7 @@ from bench.kernels import C4_PERCENT, C4_QUANTILES
 from corpus.shards import Corpus
 from corpus.tokenizer import SPECIALS, Tokenizer
 from model import MaskedLM, flops_per_token
-from pretrain import build, make_optimizers, model_inputs
+from pretrain import build, make_optimizers, masked_inputs
 from recipes import TrainConfig, make_presets, masking_rate
 
 
@@ -55,7 +55,6 @@ class Config:
     out: str = ""  # where to write; default results/step-<device>.json
 
 
-# ------------------------------------------------------------------------------------------- data
 class RandomCorpus:
     """Like a Corpus: documents of C4's lengths, ids as unequally frequent as words (Zipf's law)."""
 
@@ -96,7 +95,6 @@ def padded(ids: Tensor, masked_idx: Tensor, labels: Tensor, cu_seqlens: Tensor, 
     return out | {"attention_mask": real.long()}
 
 
-# ------------------------------------------------------------------------------------- contenders
 @dataclass
 class Contender:
     """A model in training; inputs(m, build(m)) are (arguments of `loss`, real tokens)."""
@@ -138,9 +136,8 @@ def ours(cfg: Config, family: str, size: str, seq_len: int, compiled: bool, sour
     rate = masking_rate(recipe.masking, 0.0)
 
     def inputs(m, batch):
-        n_masked = count_masked(batches, m, rate)
-        ids, *masked = mask_tokens(batch, tokenizer, n_masked, recipe.corruption, seed, m, device)
-        return model_inputs(ids, batch.cu_seqlens, *masked, seq_len, device), len(ids)
+        how = count_masked(batches, m, rate), recipe.corruption, seed, device
+        return masked_inputs(batches, m, batch, *how), len(batch.input_ids)
 
     return Contender(
         f"{family}-{size}", model, make_optimizers(recipe, model, device),
@@ -202,7 +199,6 @@ def theirs(cfg: Config, family: str, size: str, seq_len: int, compiled: bool, so
         padding=1 - build(0)[1] / (n * seq_len))
 
 
-# ----------------------------------------------------------------------------------------- timing
 def tokens_per_s(c: Contender, steps: int, device: torch.device, dtype: torch.dtype,
                  pool: ThreadPoolExecutor) -> float:
     """Train `steps` steps; real tokens a second, the wait for batches included."""
@@ -272,7 +268,6 @@ def compare(cfg: Config, size: str, seq_len: int, source, device: torch.device,
     return {"size": size, "seq_len": seq_len, "contenders": rows, "ratios": ratios}
 
 
-# ------------------------------------------------------------------------------------- the report
 def print_comparison(result: dict) -> None:
     """The table of one size and length, and below it the ratios."""
     print(f"\n{result['size']}, documents cut at {result['seq_len']}")

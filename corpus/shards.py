@@ -63,7 +63,8 @@ class Corpus:
     def __init__(self, folder: str | Path, split: str = "train", verify: bool = False):
         self.folder, self.split = Path(folder), split
         if not (self.folder / "meta.json").exists():
-            raise BadInput(f"{self.folder} holds no meta.json: {self._state()}")
+            raise BadInput(f"{folder} holds no meta.json; `python prepare_c4.py SOURCE --out {folder}` "
+                           "prepares it, or goes on where it stopped")
         self.meta = read_json(self.folder / "meta.json")
         try:
             if (version := self.meta["format"]) != FORMAT:
@@ -93,15 +94,6 @@ class Corpus:
         # index of each shard's first document
         self.first = np.cumsum([0] + [s["documents"] for s in shards]).tolist()
         self.n_tokens = sum(s["tokens"] for s in shards)
-
-    def _state(self) -> str:
-        """Why there is no meta.json, and what to do."""
-        names = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
-        if names & {"progress.json", ".parts", "tokenizer.meta.json"}:
-            return "its preparation is unfinished; the same prepare_c4.py command continues"
-        if names:
-            return f"not prepared yet; `python prepare_c4.py {self.folder}` writes a folder that is"
-        return f"it is missing; make it with `python prepare_c4.py SOURCE --out {self.folder}`"
 
     def _check(self, name: str, digest: str | None, size: int | None = None) -> None:
         path, why = self.folder / name, None

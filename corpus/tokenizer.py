@@ -28,8 +28,7 @@ LONGEST_WORD = 256
 # number of tokens by less than 0.1 % (C4, Wikipedia, IMDB).
 PATTERN = (
     r"['’](?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])"
-    r"| ?[\p{L}\p{M}]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+|\s{1,32}"
-)
+    r"| ?[\p{L}\p{M}]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+|\s{1,32}")
 # Byte-level BPE in `tokenizers` writes a byte as one printable character: itself where it is one,
 # else 256, 257, …
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]

@@ -88,8 +88,7 @@ def fast_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
         cls, sep = (fast.id_to_token(i) for i in (tokenizer.cls_id, tokenizer.sep_id))
         frame = processors.TemplateProcessing(
             single=f"{cls} $A {sep}", pair=f"{cls} $A {sep} $B:1 {sep}:1",
-            special_tokens=[(cls, tokenizer.cls_id), (sep, tokenizer.sep_id)],
-        )
+            special_tokens=[(cls, tokenizer.cls_id), (sep, tokenizer.sep_id)])
         own = [fast.post_processor] if fast.post_processor else []  # it trims offsets only
         fast.post_processor = processors.Sequence([*own, frame])
     return fast
@@ -199,8 +198,7 @@ def write_onnx(auto: str, folder: Path, remote_code: bool) -> None:
             model.eval(), inputs, folder / "onnx/model.onnx", dynamo=True, verbose=False,
             input_names=names, output_names=["logits" if "For" in auto else "last_hidden_state"],
             dynamic_shapes=dict.fromkeys(names, sizes),
-            external_data=model.num_parameters() * 4 > 1.5e9,
-        )
+            external_data=model.num_parameters() * 4 > 1.5e9)
 
 
 def run_facts(checkpoint: Path) -> dict:
@@ -245,8 +243,7 @@ def model_card(model: nn.Module, tokenizer: Tokenizer, source: str, facts: dict,
         table="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         family="BERT's shape (Devlin et al. 2019)" if fields["bert"]
         else "MosaicBERT's family (Portes et al. 2023)",
-        trust="" if fields["bert"] else ", trust_remote_code=True",
-    )
+        trust="" if fields["bert"] else ", trust_remote_code=True")
 
 
 def export(cfg: Config) -> None:
