@@ -42,7 +42,7 @@ from tqdm import tqdm
 from glue.encode import Encoded, encode
 from glue.files import Data, Source, Split, load_data, locate, read_split
 from glue.starts import Start, find_starts
-from glue.table import append_record, identity, percent, table
+from glue.table import append_record, identity, table
 from glue.tasks import FROM_MNLI, OWN, PAIR, SANE, SEEDS, TASKS, Recipe, Task, evaluate
 from kernels import attention_backend
 from machine import device_name, git_revision, pick_device, pick_dtype, processes, script
@@ -209,17 +209,14 @@ class Job:
     def path(self) -> Path:
         return self.start.out / f"{self.data.task.name}.jsonl"
 
-    def predictions(self) -> dict[str, str]:
-        """Of each file of predictions that is there the checksum of its rows."""
-        return {p.name: f"{rows.digest():08x}" for p, rows in self.outputs.items() if p.is_file()}
-
     def finished(self) -> dict[str, Any] | None:
         """The job's record, if it has run and what it left for others is still there."""
-        there, mine = self.predictions(), identity(self.record)
-        if len(there) < len(self.outputs) or (self.keep and made_by(self.keep) != mine):
+        asked, mine = self.record["predictions"], identity(self.record)
+        there = all(path.is_file() for path in self.outputs)
+        if not there or (self.keep and made_by(self.keep) != mine):
             return None
         return next((r for r in reversed(read_jsonl(self.path)[0]) if identity(r) == mine
-                     and there.items() <= r.get("predictions", {}).items()), None)
+                     and asked.items() <= r.get("predictions", {}).items()), None)
 
 
 def made_by(weights: Path) -> str:
@@ -250,12 +247,13 @@ def make_jobs(cfg: Config, starts: list[Start], data: dict[str, Data], about: di
             begin = replace(start, folder=mnli, fresh=False)
             settings["start"] = f"MNLI {zlib.crc32(by.encode()):08x}"
         for seed in dict.fromkeys(seeds):
-            record = {"type": "glue", "run": start.run, "checkpoint": start.checkpoint,
-                      "weights": start.weights, **start.facts, **about, "task": name,
-                      "seed": seed, "recipe": settings, **d.facts}
             stem, kind = f"{name}_{place}_seed{seed}", ".conll" if d.task.words else ".tsv"
             outputs = {start.out / "predictions" / (file.replace("*", stem) + kind): rows
                        for file, rows in to_predict.items()}
+            record = {"type": "glue", "run": start.run, "checkpoint": start.checkpoint,
+                      "weights": start.weights, **start.facts, **about, "task": name,
+                      "seed": seed, "recipe": settings, **d.facts, "predictions":
+                      {path.name: f"{rows.digest():08x}" for path, rows in outputs.items()}}
             keep = start.out / "models" / stem if cfg.save else None
             if name == "MNLI" and seed == seeds[0] and not cfg.no_mnli_start:
                 keep = mnli
@@ -316,12 +314,13 @@ def run_job(job: Job, cfg: Config, device: torch.device, dtype: torch.dtype, bar
     metrics = {k: v for k, v in history[-1].items() if k not in ("epoch", "loss", "score")}
     append_record(job.path, job.record | {
         "metrics": metrics, "score": history[-1]["score"], "history": history,
-        "finetune_seconds": seconds, "predictions": job.predictions(),
+        "finetune_seconds": seconds,
         "time": datetime.now(UTC).isoformat(timespec="seconds")})
     state.unlink(missing_ok=True)
     source = "its MNLI model" if job.record["recipe"]["start"] != "checkpoint" else (
         "random weights" if start.fresh else "the checkpoint")
-    print(f"{title}, from {source}: {percent(metrics)} ({seconds:.0f} s)", flush=True)
+    scores = ", ".join(f"{name} {100 * value:.1f}" for name, value in metrics.items())
+    print(f"{title}, from {source}: {scores} ({seconds:.0f} s)", flush=True)
 
 
 def write_predictions(path: Path, task: Task, rows: Split, answers: np.ndarray) -> None:

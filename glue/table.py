@@ -28,11 +28,6 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
         os.fsync(f.fileno())
 
 
-def percent(metrics: dict[str, float]) -> str:
-    """{"accuracy": 0.61} -> "accuracy 61.0"."""
-    return ", ".join(f"{name} {100 * value:.1f}" for name, value in metrics.items())
-
-
 def gain(a: list[float], b: list[float]) -> str:
     """How much higher the scores `a` are than `b`: "+1.5 ± 0.5 (p 0.03)", with the standard error
     and Welch's t-test. With one seed, or seeds that do not differ, the difference alone."""

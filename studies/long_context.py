@@ -12,8 +12,6 @@ both). Each run becomes results/long-context-<run>.json, all of them one figure.
 """
 
 import math
-import shlex
-import sys
 from dataclasses import dataclass
 from itertools import cycle, pairwise
 from pathlib import Path
@@ -29,9 +27,9 @@ import plots
 from batches import Batch, mask_tokens
 from corpus.shards import Corpus
 from corpus.tokenizer import Tokenizer
-from machine import device_name, git_revision, pick_device, pick_dtype, script
+from machine import pick_device, pick_dtype, script, write_report
 from model import MaskedLM, find_folder
-from records import make_folder, read_json, standard_error, to_json, write_atomically
+from records import make_folder, read_json, standard_error
 
 
 @dataclass
@@ -180,14 +178,12 @@ def measure_runs(cfg: Config) -> None:
         raise ValueError("two of these are of one run, so their files would have one name")
     make_folder(out)
     about = {"documents": len(texts), "masked": len(texts) * round(0.15 * len(texts[0])),
-             "revision": git_revision(), "device": device_name(device),
-             "dtype": str(dtype).removeprefix("torch."),
-             "command": shlex.join(["python", "-m", "studies.long_context", *sys.argv[1:]])}
+             "dtype": str(dtype).removeprefix("torch.")}
     for model, record in zip(models, records):
         lengths = evaluate(model.to(device), tokenizer, texts, cfg.lengths, dtype)
         record |= about | {"lengths": lengths}
         path = out / f"long-context-{record['run']}.json"
-        write_atomically(path, to_json(record))
+        write_report("long-context", record, device, str(path))
         print(f"\n{path}: trained at {record['seq_len']}\nwindow    loss   accuracy   gain")
         for row in lengths:
             print(f"{row['length']:6,}  {row['loss']:.4f}   {row['accuracy']:8.1%}   "
