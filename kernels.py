@@ -683,31 +683,6 @@ GEGLU_OPTIONS = {"BLOCK": 512, "num_warps": 2, **FUSION}
 SCORE_BUDGET = 2**21  # the largest block, in elements: 8 MB of fp32 stay in a CPU's cache
 
 
-def _length_groups(cu_seqlens: Tensor, n_heads: int) -> list[tuple[Tensor, Tensor | None]]:
-    """Documents of like length, to be computed as one padded batch: [(rows (b, s) int64, valid
-    (b, s) bool or None if nothing is padded), ...]. A document joins a group when it wastes less
-    than a quarter of its row and the scores fit SCORE_BUDGET."""
-    cu = cu_seqlens.detach().cpu().long()
-    lens = cu[1:] - cu[:-1]
-    order = torch.argsort(lens, descending=True, stable=True)
-    order_lens = lens[order].tolist()
-    groups, first = [], 0
-    while first < len(order_lens) and order_lens[first] > 0:
-        s, last = order_lens[first], first + 1
-        most = max(1, SCORE_BUDGET // (n_heads * s * s))
-        longer_than = max(0.75 * s - 16, 0)
-        while last < len(lens) and last - first < most and order_lens[last] > longer_than:
-            last += 1
-        members = order[first:last]
-        start, n, position = cu[members, None], lens[members, None], torch.arange(s)
-        # a padded position repeats its own document's last row: nothing of a neighbour is read
-        rows = start + torch.minimum(position, n - 1)
-        valid = None if order_lens[last - 1] == s else (position < n).to(cu_seqlens.device)
-        groups.append((rows.to(cu_seqlens.device), valid))
-        first = last
-    return groups
-
-
 def _group_weights(q, k, slopes, valid, i0):
     """Attention weights of queries i0, i0+1, ... over all keys, fp32 or fp64: (b, H, s_q, s)."""
     scores = _wide(q @ k.mT).mul_(q.shape[-1] ** -0.5)
@@ -721,19 +696,33 @@ def _group_weights(q, k, slopes, valid, i0):
 
 @functools.lru_cache(maxsize=4)  # the layers of a step, forward and backward, have the same
 def _cpu_layout(cu: tuple[int, ...], T: int, J: int, H: int, device: torch.device):
-    """How (T, J, H, D), its rows of D counted through, becomes the groups' (J, b, H, s, D) and they
-    become it again: [(rows (J, b, H, s) to take, valid (b, 1, s) or None)], and (T * J * H,) rows
-    of the groups end to end, or the one after them for what is in no document."""
-    groups, size, back = [], 0, torch.full((T * J * H,), -1, device=device)
+    """Documents of like length become one padded batch of b: how (T, J, H, D), its rows of D
+    counted through, becomes the groups' (J, b, H, s, D) and they become it again: [(rows (J, b, H,
+    s) to take, valid (b, 1, s) or None if nothing is padded)], and (T * J * H,) rows of the groups
+    end to end, or the one after them for what is in no document. A document joins a group when it
+    wastes less than a quarter of its row and the scores fit SCORE_BUDGET."""
+    starts, lens = torch.tensor(cu[:-1], dtype=torch.int64), torch.tensor(cu).diff()
+    order = torch.argsort(lens, descending=True, stable=True)
+    order_lens, back = lens[order].tolist(), torch.full((T * J * H,), -1, device=device)
     j, h = torch.arange(J, device=device)[:, None, None, None], torch.arange(H, device=device)
-    for rows, valid in _length_groups(torch.tensor(cu, device=device), H):
+    groups, size, first = [], 0, 0
+    while first < len(order_lens) and order_lens[first] > 0:
+        s, last = order_lens[first], first + 1
+        most = max(1, SCORE_BUDGET // (H * s * s))
+        longer_than = max(0.75 * s - 16, 0)
+        while last < len(lens) and last - first < most and order_lens[last] > longer_than:
+            last += 1
+        members = order[first:last]
+        n, position = lens[members, None], torch.arange(s)
+        # a padded position repeats its own document's last row: nothing of a neighbour is read
+        rows = (starts[members, None] + torch.minimum(position, n - 1)).to(device)
         take = (rows[:, None] * J + j) * H + h[:, None]
         place = torch.arange(size, size + take.numel(), device=device).view_as(take)
-        valid = None if valid is None else valid[:, None]
+        valid = None if order_lens[last - 1] == s else (position < n).to(device)[:, None]
         real = slice(None) if valid is None else valid.expand_as(take)
         back[take[real]] = place[real]
         groups.append((take, valid))
-        size += take.numel()
+        size, first = size + take.numel(), last
     return groups, torch.where(back < 0, size, back)
 
 
@@ -767,10 +756,6 @@ def keep_mask(like: Tensor, dropout_p: float,
     return (bits >= dropped - 2**15).view(like.shape), scale
 
 
-def _generator(seed: Tensor | None, dropout_p: float, device) -> torch.Generator | None:
-    return torch.Generator(device).manual_seed(int(seed)) if dropout_p > 0 else None
-
-
 def _dropped(p: Tensor, generator, dropout_p: float) -> tuple[Tensor, Tensor | None]:
     """Weights p with dropout, and its scaled mask, fp32 or fp64."""
     if generator is None:
@@ -802,7 +787,8 @@ def _cpu_groups(qkv, cu_seqlens, slopes, rope_base, max_seqlen):
 
 def _attention_cpu(qkv, cu_seqlens, groups, dropout_p, seed):
     """out (T, H, D)."""
-    parts, generator = [], _generator(seed, dropout_p, qkv.device)
+    generator = torch.Generator(qkv.device).manual_seed(int(seed)) if dropout_p > 0 else None
+    parts = []
     for _, _, v, _, weights in groups:
         part = [_dropped(p, generator, dropout_p)[0] @ v for _, p in weights]
         parts.append(torch.cat(part, 2) if len(part) > 1 else part[0])
@@ -819,7 +805,7 @@ def _attention_backward_cpu(dout, cu_seqlens, groups, dropout_p, seed):
     """The five matmuls of the backward: dqkv (T, 3, H, D)."""
     (T, H, D), cu, parts = dout.shape, tuple(cu_seqlens.tolist()), []
     layout = [_cpu_layout(cu, T, J, H, dout.device) for J in (1, 3)]
-    generator = _generator(seed, dropout_p, dout.device)
+    generator = torch.Generator(dout.device).manual_seed(int(seed)) if dropout_p > 0 else None
     for (q, k, v, turn, weights), (take, valid) in zip(groups, layout[0][0]):
         do = _take(dout, take[0], q.dtype)
         if valid is not None:
