@@ -120,16 +120,6 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> str:
     return specials["mask_token"]
 
 
-def label_config(model: nn.Module, config: dict) -> dict:
-    """What config.json says of a classifier's labels: the names in `config`, or how many."""
-    if not isinstance(model, SequenceClassifier | TokenClassifier):
-        return {}
-    labels, names = {"num_labels": model.n_labels}, config.get("id2label", {})
-    if len(names) == model.n_labels:
-        labels = {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
-    return labels | {k: config[k] for k in ["problem_type"] if config.get(k)}
-
-
 def write_model(model: nn.Module, tokenizer: Tokenizer, labels: dict, folder: Path) -> None:
     """config.json, model.safetensors (both readable by model.py as well) and the code."""
     model.save_pretrained(folder)
@@ -268,7 +258,12 @@ def export(cfg: Config) -> None:
     if tokenizer.vocab_size > model.cfg.padded_vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size:,} entries, the model "
                          f"{model.cfg.padded_vocab_size:,}: {checkpoint} was trained with another")
-    facts, labels = run_facts(checkpoint), label_config(model, config)
+    facts, labels, names = run_facts(checkpoint), {}, config.get("id2label", {})
+    if isinstance(model, SequenceClassifier | TokenClassifier):
+        labels = {"num_labels": model.n_labels, "problem_type": config.get("problem_type")}
+        if len(names) == model.n_labels:
+            label2id = {name: int(i) for i, name in names.items()}
+            labels |= {"id2label": names, "label2id": label2id}
     max_length = facts.get("train", {}).get("seq_len", model.cfg.max_positions)
     unfinished = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
