@@ -233,7 +233,8 @@ def mfu(tok_per_s: float, flops: float, device: str) -> float | None:
 
 def compare(cfg: Config, size: str, seq_len: int, source, device: torch.device,
             dtype: torch.dtype) -> dict:
-    """All contenders of one size and length, in turns: rows of the table, and their ratios."""
+    """All contenders of one size and length, in turns: rows of the table, and their ratios, also
+    printed."""
     torch._dynamo.reset()
     modes = {"both": (False, True), "on": (True,), "off": (False,)}[cfg.compile]
     running, failed = [], {}
@@ -254,33 +255,26 @@ def compare(cfg: Config, size: str, seq_len: int, source, device: torch.device,
                 failed[f"{make.__name__}, {family}{suffix}"] = machine.failure(error)
         for c in running * cfg.rounds:
             c.rounds.append(tokens_per_s(c, cfg.steps, device, dtype, pool))
-    rows = [{"name": name, "failed": why} for name, why in failed.items()]
+    print(f"\n{size}, documents cut at {seq_len}")
+    print(f"{'':32}{'tok/s':>10}{'MFU':>8}{'first step':>13}")
+    rows, ratios = [{"name": name, "failed": why} for name, why in failed.items()], {}
+    for row in rows:
+        print(f"{row['name']:32}did not run: {row['failed']}")
     for c in running:
         speed = statistics.median(c.rounds)
+        share = mfu(speed, c.flops, machine.device_name(device))
+        print(f"{c.name:32}{speed:10,.0f}{f'{share:.1%}' if share else '-':>8}"
+              f"{c.first_step:11.1f} s")
         rows.append({
             "name": c.name, "tok_per_s": speed, "rounds": c.rounds, "padding": c.padding,
-            "mfu": mfu(speed, c.flops, machine.device_name(device)), "first_step_s": c.first_step,
+            "mfu": share, "first_step_s": c.first_step,
             "n_params": sum(p.numel() for p in c.model.parameters())})
-    ratios = {
-        a.name: {b.name: statistics.median(x / y for x, y in zip(a.rounds, b.rounds))
-                 for b in running if "ForMaskedLM" in b.name}
-        for a in running if "ForMaskedLM" not in a.name}
+    for a, b in itertools.product(running, running):
+        if "ForMaskedLM" in b.name and "ForMaskedLM" not in a.name:
+            ratio = statistics.median(x / y for x, y in zip(a.rounds, b.rounds))
+            ratios.setdefault(a.name, {})[b.name] = ratio
+            print(f"{a.name:24} {ratio:6.2f} × {b.name}", flush=True)
     return {"size": size, "seq_len": seq_len, "contenders": rows, "ratios": ratios}
-
-
-def print_comparison(result: dict) -> None:
-    """The table of one size and length, and below it the ratios."""
-    print(f"\n{result['size']}, documents cut at {result['seq_len']}")
-    print(f"{'':32}{'tok/s':>10}{'MFU':>8}{'first step':>13}")
-    for row in result["contenders"]:
-        if "failed" in row:
-            print(f"{row['name']:32}did not run: {row['failed']}")
-            continue
-        share = f"{row['mfu']:.1%}" if row["mfu"] else "-"
-        print(f"{row['name']:32}{row['tok_per_s']:10,.0f}{share:>8}{row['first_step_s']:11.1f} s")
-    for name, others in result["ratios"].items():
-        for other, ratio in others.items():
-            print(f"{name:24} {ratio:6.2f} × {other}", flush=True)
 
 
 def run(cfg: Config) -> dict:
@@ -296,7 +290,6 @@ def run(cfg: Config) -> dict:
     body = {"settings": asdict(cfg), "dtype": str(dtype), "threads": threads, "results": []}
     for size, seq_len in [(size, seq_len) for size in sizes for seq_len in cfg.seq_lens]:
         body["results"].append(compare(cfg, size, seq_len, source, device, dtype))
-        print_comparison(body["results"][-1])
         if device.type == "cuda":
             torch.cuda.empty_cache()
         # after each: a kill loses the next one at most
