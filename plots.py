@@ -179,15 +179,9 @@ def checkpoints(runs: list[Run], sweeps: list[Path], metric: str, x: Cost) -> li
     Held-out records are fine-tunings of a task named like the metric."""
     log_key = COSTS[x][1]
     key = "tokens" if x == "tokens" else "pretrain_" + log_key.removeprefix("train_")
-    rows = [(path.parent, r) for path in sweeps for r in read_sweep(path)]
-    options = {run.path: run.names for run in runs}
-    for sweep, r in rows:
-        names, variant = (r["family"], r["preset"], f"{sweep}: {r['preset']}"), r["variant"]
-        options[sweep, r["preset"], variant] = [n + f", {variant}" * bool(variant) for n in names]
-    lines, found = name_lines(options), []
+    names, found = {run.path: run.names for run in runs}, []
     for run in runs:
-        about = {"line": lines[run.path], "run": run.path, "family": run.family,
-                 "device": run.device}
+        about = {"line": run.path, "run": run.path, "family": run.family, "device": run.device}
         own = [r for r in run.glue if r["step"] or r.get("checkpoint") == "random"]
         if metric == "blimp":
             own = records.read_blimp(run.path).values()
@@ -198,17 +192,21 @@ def checkpoints(runs: list[Run], sweeps: list[Path], metric: str, x: Cost) -> li
                    for step, score, cost in table if step and math.isfinite(score)]
         found += [r | about | {"at": r["step"], "trained": r["step"] > 0, "cost": r.get(key),
                                "measures": list(r.get("metrics", ()))} for r in own]
-    for sweep, r in rows:
-        about = {"line": lines[sweep, r["preset"], r["variant"]], "run": r["run"],
-                 "task": r["metric"], "at": r["budget"], "trained": True, "cost": r[log_key],
-                 "measures": r.get("measures", ()), "device": records.hardware(r)}
+    for sweep, r in [(path.parent, r) for path in sweeps for r in read_sweep(path)]:
+        variant, own = r["variant"], (r["family"], r["preset"], f"{sweep}: {r['preset']}")
+        line = sweep, r["preset"], variant
+        names[line] = [name + f", {variant}" * bool(variant) for name in own]
+        about = {"line": line, "run": r["run"], "task": r["metric"], "at": r["budget"],
+                 "trained": True, "cost": r[log_key], "measures": r.get("measures", ()),
+                 "device": records.hardware(r)}
         scores = r.get("values", ()) if metric == "glue" else [r["value"]]
         found += [r | about | {"score": score} for score in scores
                   if metric in ("glue", r["metric"])]
     if not found:
         given = listed([run.path for run in runs] + sweeps)
         raise SystemExit(f"error: no result for --metric {metric} in {given}; nothing drawn")
-    return found
+    lines = name_lines(names)
+    return [r | {"line": lines[r["line"]]} for r in found]
 
 
 def of_shared_tasks(scores: list[dict], task: str) -> tuple[list[dict], list[str]]:

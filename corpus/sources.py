@@ -191,9 +191,7 @@ def find_items(source: str) -> Source:
     readable = [p for p in found if os.path.isfile(p) and SUFFIXES.search(p)]
     usable = each_once(readable)
     if not usable:
-        what = "does not exist"
-        if os.path.isdir(source) or found:
-            what = f"{'holds' if os.path.isdir(source) else 'is'} no {KINDS}"
+        what = f"holds no {KINDS}" if found or os.path.isdir(source) else "does not exist"
         raise BadInput(f"the corpus {source} {what}; others: docstrings, c4, hub:owner/name, "
                        "a folder, a quoted glob")
     items, group, size = [], [], 0

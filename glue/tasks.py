@@ -4,6 +4,7 @@ One more task like GLUE's is one more entry of TASKS; glue/files.py reads its fi
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
@@ -70,6 +71,8 @@ TASKS = {task.name: task for task in (
     Task("STS-B", Recipe(3e-5, 0.1, 10, 32, 5), (PAIR,), ("score", "label"), metrics=("spearman",),
          sizes=(5_749, 1_500)),
 )}
+METRICS = {"accuracy": accuracy_score, "matthews": matthews_corrcoef,
+           "f1": partial(f1_score, zero_division=0.0)}
 FROM_MNLI = ("RTE", "MRPC", "STS-B")  # small, and better started from the model tuned on MNLI
 
 
@@ -84,16 +87,11 @@ def metric(name: str, y: np.ndarray, predicted: np.ndarray, labels: tuple[str, .
         y, predicted = ([part.tolist() for part in np.split(np.array(labels)[side],
                         np.cumsum(lengths)[:-1])] for side in (y, predicted))
         return float(f1_of_entities(y, predicted, zero_division=0))
-    if name in ("accuracy", "f1"):
-        found = accuracy_score(y, predicted) if name == "accuracy" else (
-            f1_score(y, predicted, zero_division=0.0))
-    elif len(np.unique(y)) < 2 or len(np.unique(predicted)) < 2:
+    if name in METRICS:
+        return float(METRICS[name](y, predicted))
+    if len(np.unique(y)) < 2 or len(np.unique(predicted)) < 2:
         return 0.0
-    elif name == "matthews":
-        found = matthews_corrcoef(y, predicted)
-    else:
-        found = {"pearson": pearsonr, "spearman": spearmanr}[name](y, predicted).statistic
-    return float(found)
+    return float({"pearson": pearsonr, "spearman": spearmanr}[name](y, predicted).statistic)
 
 
 def evaluate(task: Task, y: dict[str, np.ndarray], predicted: dict[str, np.ndarray],
