@@ -38,7 +38,7 @@ import tyro
 import recipes
 import records
 from machine import read_command_line
-from records import BadInput, make_folder, read_jsonl, to_json, write_atomically
+from records import BadInput, make_folder, read_json, read_jsonl, to_json, write_atomically
 from sweep.leaderboard import leaderboard, name_of, short
 
 ROOT = Path(__file__).parents[1]
@@ -219,17 +219,10 @@ def make_jobs(cfg: Config, variants: list[Variant],
     return jobs
 
 
-def saved(path: Path) -> dict:
-    """A JSON file's object; {} if it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
 def progress(run: Path) -> dict:
     """progress.json of the last checkpoint of a run; {} before there is one."""
-    return saved(max(run.glob("ckpt/step_????????/progress.json"), default=run / "none"))
+    found = max(run.glob("ckpt/step_????????/progress.json"), default=None)
+    return read_json(found) if found else {}
 
 
 def start(command: list[str], output: Path, lock: IO, worker: int) -> subprocess.Popen:
@@ -327,7 +320,8 @@ def check_sweep(cfg: Config, tokens: dict, state: Path, results: Path) -> None:
         now["first preset"] = cfg.presets[0]
     else:  # the same for all
         now["tokens"] = [*next(iter(tokens.values())).values()]
-    now, old = json.loads(json.dumps(now)), saved(state / "sweep.json")
+    now, before = json.loads(json.dumps(now)), state / "sweep.json"
+    old = read_json(before) if before.is_file() else {}
     if differ := "; ".join(f"{k} {v} -> {now.get(k)}" for k, v in old.items() if now.get(k) != v):
         raise BadInput(f"{state.parent} holds a sweep with {differ}; give this one "
                        "another --name")
@@ -336,7 +330,7 @@ def check_sweep(cfg: Config, tokens: dict, state: Path, results: Path) -> None:
                        "give another --name")
     if not cfg.dry_run:
         make_folder(results)
-        write_atomically(state / "sweep.json", to_json(now))
+        write_atomically(before, to_json(now))
 
 
 def sweep(cfg: Config) -> int:
