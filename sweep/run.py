@@ -263,10 +263,9 @@ def work(jobs: list[Job], state: Path, lock: IO, workers: int) -> dict[str, str]
                 if not process.returncode and progress(job.run).get("finished"):
                     job.mark(state).touch()
                 else:  # its last line says why
-                    code = f"exit code {process.returncode}" if process.returncode else ""
                     output = (state / f"{job.name}.log").read_text(errors="replace").strip()
-                    said = output.splitlines()[-1][:300] if code and output else code
-                    said = failed[job.name] = said or "stopped early"
+                    last = (output or "stopped early").splitlines()[-1][:300]
+                    said = failed[job.name] = f"{last} (exit code {process.returncode})"
                 print(f"{n}/{len(jobs)} {job.name}: {said}", flush=True)
             time.sleep(0.1)
     finally:  # pretrain.py saves a checkpoint and leaves
