@@ -38,6 +38,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 
+
 # ----------------------------------------------------------------------------- config
 @dataclass
 class EncoderConfig:

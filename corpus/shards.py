@@ -63,8 +63,8 @@ class Corpus:
     def __init__(self, folder: str | Path, split: str = "train", verify: bool = False):
         self.folder, self.split = Path(folder), split
         if not (self.folder / "meta.json").exists():
-            raise BadInput(f"{folder} holds no meta.json; `python prepare_c4.py SOURCE --out {folder}` "
-                           "prepares it, or goes on where it stopped")
+            raise BadInput(f"{folder} holds no meta.json; `python prepare_c4.py SOURCE --out "
+                           f"{folder}` prepares it, or goes on where it stopped")
         self.meta = read_json(self.folder / "meta.json")
         try:
             if (version := self.meta["format"]) != FORMAT:

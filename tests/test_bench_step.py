@@ -97,5 +97,5 @@ def test_a_missing_corpus_is_refused_in_one_line(tmp_path):
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(monkeypatch, tmp_path):
     monkeypatch.setattr(bench_step, "compare", lambda *_: pytest.fail("it was measured"))
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="cannot be written to .*give another"):
+    with pytest.raises(ValueError, match=r"cannot be written to .*give another"):
         run(Config(**TINY, out=str(tmp_path / "file/r.json")))

@@ -47,7 +47,7 @@ def test_what_the_user_can_mend_is_one_line():
 
     main = script(run, Config)
     assert main(["x"]) == 1.0
-    with pytest.raises(SystemExit, match="^error: x is$"):
+    with pytest.raises(SystemExit, match=r"^error: x is$"):
         main(["x", "--quick"])
 
 
