@@ -262,8 +262,6 @@ def _attn_one_tile(qkv, out, dout, lse, dqkv, cu_seqlens, slopes, rope, n_tokens
 # mask: the forward's 128 x 128 step is 533 instructions against 832 for the general body. SIDE = -1
 # is left of the diagonal, +1 right of it; 0 is the general body, for the diagonal and for the
 # ragged tail, peeled off so that it alone pays for masks.
-
-
 @triton.jit
 def _side(SIDE: tl.constexpr, at, HELD: tl.constexpr, STEP: tl.constexpr, n):
     """Where the loop of one side begins and ends, and where its last step jumps to. A program holds
@@ -538,8 +536,6 @@ def cross_entropy_reference(logits: Tensor, labels: Tensor) -> tuple[Tensor, Ten
 # where the logits were: no fp32 copy, no softmax kept, no second (M, V) buffer; 4 bytes per logit
 # move where the unfused fp32 loss moves over 20. (Scaling the gradient afterwards would move 4 more
 # into a second buffer: model.py scales what is multiplied with it instead.)
-
-
 @triton.jit
 def _cross_entropy_rows(logits, labels, losses, correct, stride, n_columns, WRITE: tl.constexpr,
                         BLOCK: tl.constexpr):
@@ -619,8 +615,6 @@ def geglu_reference(h: Tensor, dropout_p: float = 0.0, seed: Tensor | None = Non
 # computed twice, the mask is made again instead of kept, and the normal distribution is one
 # exponential, 2^P(|x|), P a polynomial of degree 8 fitted to log2 of its tail on [0, 5.5]. It is
 # off by 8e-8 at most, like torch's erf, and P goes on falling behind 5.5.
-
-
 @triton.jit
 def _normal_cdf(x):
     a = tl.abs(x)
