@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,15 +43,23 @@ def read_command_line(config: type, args: list[str] | None = None, positional=Fa
                     config=options)
 
 
-def script(run: Callable[[Any], Any], config: type, positional=False) -> Callable[..., Any]:
+def script(run: Callable[[Any], Any], config: type, positional=False, resumes=False
+           ) -> Callable[..., Any]:
     """main(args): `run` with read_command_line(config, args, positional). Its ValueErrors and
-    OSErrors are the user's to mend: they end the process with one line."""
+    OSErrors are the user's to mend: they end the process with one line. `resumes`: the same command
+    again goes on after an error or Ctrl-C."""
     def main(args: list[str] | None = None) -> Any:
         cfg = read_command_line(config, args, positional)
         try:
             return run(cfg)
-        except (ValueError, OSError) as e:
-            raise SystemExit(f"error: {e}".splitlines()[0]) from None
+        except (ValueError, OSError, BrokenProcessPool) as e:  # the last: a worker out of memory
+            again = "; once that is mended the same command continues"
+            again *= resumes and not isinstance(e, ValueError)
+            raise SystemExit(f"error: {e}".splitlines()[0] + again) from None
+        except KeyboardInterrupt:
+            if resumes:
+                raise SystemExit("stopped; the same command continues") from None
+            raise
 
     return main
 

@@ -28,7 +28,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from itertools import count, islice, pairwise
 from pathlib import Path
 from typing import Literal
@@ -39,6 +38,7 @@ from corpus.docstrings import n_dev_examples, write_word_order_task
 from corpus.shards import FORMAT, Corpus, ShardWriter
 from corpus.sources import SUFFIXES, find_items, item_documents
 from corpus.tokenizer import Tokenizer, valid_unicode
+from machine import script
 from records import BadInput, listed, lock, read_json, to_json, write_atomically
 
 
@@ -377,18 +377,7 @@ def summarize(out: Path, meta: dict, seconds: float) -> None:
     print(f"folder: {out}\nnext:   python pretrain.py mosaic-tiny --data {out}")
 
 
-def main() -> None:
-    from machine import read_command_line  # not needed by the workers, which import this file
-
-    try:
-        prepare(read_command_line(Config, positional=True))
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command continues") from None
-    except BadInput as e:
-        raise SystemExit(f"error: {e}") from None
-    except (OSError, BrokenProcessPool) as e:  # a full disk; a worker that ran out of memory
-        raise SystemExit(f"error: {e}; once that is mended the same command continues") from None
-
+main = script(prepare, Config, positional=True, resumes=True)
 
 if __name__ == "__main__":
     main()

@@ -37,7 +37,7 @@ import tyro
 
 import recipes
 import records
-from machine import read_command_line
+from machine import script
 from records import BadInput, make_folder, read_json, read_jsonl, to_json, write_atomically
 from sweep.leaderboard import leaderboard, name_of, short
 
@@ -336,6 +336,12 @@ def sweep(cfg: Config) -> int:
     """Run or continue a sweep; returns the exit code. BadInput for what cannot work."""
     if not cfg.name.strip(".") or Path(cfg.name).name != cfg.name:
         raise BadInput(f"--name {cfg.name!r}: give the name of a folder, without a path")
+    try:
+        for flags in (cfg.flags, *cfg.finetune):
+            shlex.split(flags)
+    except ValueError as e:
+        raise BadInput(f"--flags or --finetune: {e}") from None
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a KeyboardInterrupt
     variants, results = make_variants(cfg), Path(cfg.results, cfg.name)
     tokens = tokens_of_budgets(cfg, variants, measured_ratios(cfg, variants))
     state = Path(cfg.out, cfg.name, ".jobs")
@@ -363,19 +369,5 @@ def sweep(cfg: Config) -> int:
     return int(bool(failed))
 
 
-def main() -> None:
-    """Command line: presets first, then any setting."""
-    cfg = read_command_line(Config)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a KeyboardInterrupt
-    try:
-        raise SystemExit(sweep(cfg))
-    except (BadInput, OSError) as e:
-        raise SystemExit(f"error: {e}") from None
-    except ValueError as e:  # of shlex
-        raise SystemExit(f"error: --flags or --finetune: {e}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command continues") from None
-
-
 if __name__ == "__main__":
-    main()
+    raise SystemExit(script(sweep, Config, resumes=True)())
