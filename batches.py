@@ -7,7 +7,7 @@ the number of its next micro-batch. There is no padding: every token of a micro-
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,8 +40,7 @@ def shuffled(index: np.ndarray, n: int, seed: int) -> np.ndarray:
     return out.astype(np.int64)
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """A flat micro-batch on the CPU, before masking."""
 
     input_ids: Tensor  # (T,) int64

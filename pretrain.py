@@ -83,10 +83,8 @@ def pin(device: torch.device, *tensors: Tensor) -> list[Tensor]:
 
 def build(batches: Batches, m: int, device: torch.device) -> Batch:
     """Micro-batch m, pinned."""
-    batch = batches(m)
-    flat = pin(device, batch.input_ids, batch.special, batch.cu_seqlens)
-    batch.input_ids, batch.special, batch.cu_seqlens = flat
-    return batch
+    *flat, n_documents = batches(m)
+    return Batch(*pin(device, *flat), n_documents)
 
 
 def build_ahead(batches: Batches, first: int, step: int, device: torch.device

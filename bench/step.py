@@ -55,7 +55,7 @@ class Config:
     out: str = ""  # where to write; default results/step-<device>.json
 
 
-class RandomCorpus:
+class RandomCorpus(list):
     """Like a Corpus: documents of C4's lengths, ids as unequally frequent as words (Zipf's law)."""
 
     folder, split = "random ids", "train"
@@ -64,15 +64,9 @@ class RandomCorpus:
         rng = np.random.default_rng(0)
         percent = rng.uniform(0, 100, n_documents)
         self.lengths = np.interp(percent, C4_PERCENT, C4_QUANTILES).astype(np.int64)
-        self.ends = self.lengths.cumsum()
-        ranks = (vocab_size - len(SPECIALS)) ** rng.uniform(0, 1, self.ends[-1])
-        self.ids = (len(SPECIALS) - 1 + ranks).astype(np.uint16)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        return self.ids[self.ends[i] - self.lengths[i] : self.ends[i]]
+        ends = self.lengths.cumsum()
+        ranks = (vocab_size - len(SPECIALS)) ** rng.uniform(0, 1, ends[-1])
+        super().__init__(np.split((len(SPECIALS) - 1 + ranks).astype(np.uint16), ends[:-1]))
 
 
 def open_data(folder: str) -> tuple[Corpus | RandomCorpus, Tokenizer | SimpleNamespace]:
