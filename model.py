@@ -37,6 +37,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import kernels
+from records import read_json
 
 
 # ----------------------------------------------------------------------------- config
@@ -323,10 +324,7 @@ class Pretrained(nn.Module):
         the checkpoint lacks is initialised and named in `.new_keys`. Otherwise one-line ValueError.
         """
         folder = find_folder(path_or_name)
-        try:
-            config = json.loads((folder / "config.json").read_text())
-        except ValueError as e:
-            raise ValueError(f"{folder}/config.json is damaged ({e})") from None
+        config = read_json(folder / "config.json", "give another checkpoint")
         weights = _read_weights(folder)
         if config.get("model_type") == "nanomosaicbert":
             kwargs = {f.name: config[f.name] for f in fields(EncoderConfig) if f.name in config}

@@ -622,7 +622,7 @@ def test_missing_folders_and_files_are_named(tmp_path):
     (tmp_path / "weights").mkdir()
     save_file({"x": torch.zeros(1)}, tmp_path / "weights/model.safetensors")
     for folder, config, message in (
-        (tmp_path, "{", r"config\.json is damaged"),
+        (tmp_path, "{", r"config\.json cannot be read"),
         (tmp_path, '{"model_type": "nanomosaicbert"}', r"no model\.safetensors"),
         (tmp_path / "weights", '{"model_type": "gpt2"}', "gpt2"),
         (tmp_path / "weights", '{"vocab_size": 9}', r"config\.json has no 'num_hidden_layers'"),
