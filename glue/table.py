@@ -51,7 +51,7 @@ def table(records: list[dict[str, Any]]) -> str:
     """Scores in percent, a row for each start, a column for each task: mean ± standard deviation
     (number of seeds). Below, what pretraining gained over random weights where both are there."""
     there = dict.fromkeys(r["task"] for r in records)
-    tasks = [*(t for t in TASKS if t in there), *(t for t in there if t not in TASKS)]
+    tasks = sorted(there, key=[*TASKS, *there].index)
     glues_own = {name for name, task in TASKS.items() if task.sizes}
     official = {r["task"] for r in records if r["official"] or r["task"] not in glues_own}
     starts: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
