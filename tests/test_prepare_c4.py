@@ -597,7 +597,7 @@ BAD_FILES = {  # name: content, what is said of it
     "blank.txt": (b"\n \n\n", " has 0 different documents"),
     "one.jsonl": ("\n".join([GOOD[0]] * 9).encode(), " has 1 different documents"),
     "small.jsonl": (LINES, r"too small for --vocab_size 5000: it reaches \d+"),
-    "corpus.doc": (b"word", r" is no \.jsonl"),
+    "corpus.doc": (b"word", r" holds no \.jsonl"),
 }
 
 
