@@ -14,11 +14,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import DEFAULT, Mock
 
+import conftest
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
-from conftest import write_jsonl
+import tokenizers
+import zstandard
+from conftest import ODD, ROOT, python, refused, some_documents, write_jsonl
+from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 import prepare_c4
 from batches import Batches
@@ -29,29 +35,10 @@ from corpus.shards import Corpus
 from corpus.tokenizer import Tokenizer
 from prepare_c4 import Config, prepare
 
-ROOT = Path(__file__).resolve().parents[1]
-C4 = ROOT.parent / "shared" / "data" / "c4" / "c4_train.jsonl"
-ODD = [
-    "",
-    " ",
-    "x",
-    "Don’t STOP, it's 1,234.5678 km — ok?!  two  spaces\n\n\ttab\r\n",
-    "İstanbul ẞ ß Σίσυφος ΟΔΟΣ ǅ ﬁ",
-    "e\u0301 👩‍👩‍👧‍👦 🏳️‍🌈 한국어 日本語 العربية नमस्ते \u200b\ufeff\x00\x7f\u2028",
-    "[MASK] [CLS] <|endoftext|> [PAD]",
-    " " * 1_000_000 + "a" + "\n " * 100_000 + "z" * 100_000 + "!" * 100_000,
-]
-
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    """Some hundreds of real documents: C4's if at hand, else the standard library's docstrings."""
-    if C4.exists():
-        with open(C4, encoding="utf-8") as f:
-            return [json.loads(line)["text"] for line in f][:600]
-    files = sorted(Path(os.__file__).parent.glob("*.py"))
-    groups = {tuple(group) for f in files for group in offline.docstrings_of(str(f))}
-    return sorted(text for group in groups if len(text := "\n".join(group)) > 200)
+    return some_documents(600)
 
 
 @pytest.fixture(scope="session")
@@ -87,36 +74,27 @@ def decoded(folder: Path, *splits: str) -> list[str]:
 
 @pytest.fixture
 def refusal(monkeypatch):
-    """What the command line says of these arguments, in one line."""
+    """The command line says this of these arguments, in one line."""
 
-    def refuse(*arguments: object) -> str:
+    def refuse(message: str, *arguments: object) -> None:
         monkeypatch.setattr(sys, "argv", ["prepare_c4.py", *map(str, arguments)])
-        with pytest.raises(SystemExit, match=r"^error: [^\n]*$") as stopped:
+        with refused(message):
             prepare_c4.main()
-        return str(stopped.value)
 
     return refuse
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, str(ROOT / "prepare_c4.py"), *map(str, arguments)]
-
-
-def run(*arguments: object, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120,
-                          env=os.environ | env)
-
-
 # ---------------------------------------------------------------------------------------- tokenizer
 def test_round_trip_is_exact_for_any_unicode(tokenizer, texts):
-    rng = random.Random(0)
+    rng, odd = random.Random(0), [*ODD, "[MASK] [CLS] <|endoftext|> [PAD]"]
+    odd += [" " * 1_000_000 + "a" + "\n " * 100_000 + "z" * 100_000 + "!" * 100_000]
     ranges = (0, 0xD800), (0xE000, 0x110000), (0, 128)
     wild = ["".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(300))
             for _ in range(200)]
-    for text in ODD + wild + texts[:200]:
+    for text in odd + wild + texts[:200]:
         assert tokenizer.decode(tokenizer.encode(text)) == text.lower()
     cased = Tokenizer.train(texts[:100], 400, lowercase=False)
-    for text in ODD + wild:
+    for text in odd + wild:
         assert cased.decode(cased.encode(text)) == text
     # half of an emoji, which UTF-8 cannot hold
     assert tokenizer.decode(tokenizer.encode("a \ud800 b")) == "a \ufffd b"
@@ -141,6 +119,8 @@ def test_ids_are_specials_then_bytes_then_merges(tokenizer):
     assert max(max(tokenizer.encode(t), default=0) for t in ODD) < 2048
     with pytest.raises(ValueError, match="outside the vocabulary"):
         tokenizer.decode([2048])
+    with pytest.raises(ValueError, match="65536"):
+        Tokenizer.train(["x"], 65537)
 
 
 def test_only_encode_with_masks_takes_special_names_for_more_than_text(tokenizer):
@@ -151,28 +131,12 @@ def test_only_encode_with_masks_takes_special_names_for_more_than_text(tokenizer
     assert tokenizer.decode(ids) == "the capital of.", "white space before a mask belongs to it"
 
 
-def test_vocabulary_the_corpus_cannot_reach_is_named():
-    with pytest.raises(ValueError, match=r"too small for --vocab_size 5000: it reaches \d+ tokens"):
-        Tokenizer.train(["a small corpus, a small corpus"], 5000)
-    with pytest.raises(ValueError, match=r"65536"):
-        Tokenizer.train(["x"], 65537)
-
-
 @pytest.fixture(scope="session")
 def wordpiece(texts, tmp_path_factory) -> Path:
-    """A small BERT vocabulary in Hugging Face's format."""
-    from tokenizers import BertWordPieceTokenizer
-
-    bert = BertWordPieceTokenizer(lowercase=True)
-    bert.train_from_iterator(texts[:200], vocab_size=1500, show_progress=False)
-    path = tmp_path_factory.mktemp("hf") / "tokenizer.json"
-    bert.save(str(path))
-    return path
+    return conftest.wordpiece(tmp_path_factory.mktemp("hf") / "tokenizer.json", texts[:200], 1500)
 
 
 def test_hugging_face_tokenizer_is_used_as_it_is(wordpiece, texts, tmp_path):
-    from transformers import PreTrainedTokenizerFast
-
     ours, theirs = Tokenizer.load(wordpiece), PreTrainedTokenizerFast(tokenizer_file=str(wordpiece))
     for text in texts[:50]:
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
@@ -186,8 +150,6 @@ def test_hugging_face_tokenizer_is_used_as_it_is(wordpiece, texts, tmp_path):
 
 
 def test_special_tokens_that_a_tokenizer_json_brings_are_themselves(wordpiece, texts, tmp_path):
-    import tokenizers
-
     entities = tokenizers.Tokenizer.from_file(str(wordpiece))
     entities.add_special_tokens(["[E1]", "[/E1]"])
     entities.add_tokens(["<number>"])  # no special one: a word that may be masked
@@ -209,8 +171,6 @@ def test_special_tokens_that_a_tokenizer_json_brings_are_themselves(wordpiece, t
 
 
 def test_a_folder_with_only_a_vocab_txt_is_read(wordpiece, texts, tmp_path):
-    from transformers import BertTokenizer
-
     vocab = json.loads(wordpiece.read_text())["model"]["vocab"]
     (tmp_path / "vocab.txt").write_text("\n".join(sorted(vocab, key=vocab.get)) + "\n")
     for lowercase in (True, False):
@@ -284,7 +244,6 @@ def test_a_small_corpus_gets_some_validation_documents(texts, tmp_path):
 
 def test_same_corpus_gives_the_same_bytes_whatever_the_workers(texts, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "ITEM_BYTES", 100_000)  # several work items out of small files
-    (tmp_path / "in").mkdir()
     for i in range(6):
         write_jsonl(tmp_path / "in" / f"{i}.jsonl", texts[i * 100 : (i + 1) * 100])
     options = {"shard_tokens": 20_000, "val_fraction": 0.1, "task_examples": 30}
@@ -297,33 +256,27 @@ def test_same_corpus_gives_the_same_bytes_whatever_the_workers(texts, tmp_path, 
 
 def test_max_docs_stops_between_and_within_items(texts, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "ITEM_BYTES", 1)
-    (tmp_path / "in").mkdir()
     for i in range(20):
         write_jsonl(tmp_path / "in" / f"{i:02}.jsonl", texts[i * 10 : (i + 1) * 10])
-    opened = []
-    real = sources.open_file
-    monkeypatch.setattr(sources, "open_file", lambda path: (opened.append(path), real(path))[1])
+    monkeypatch.setattr(sources, "open_file", opened := Mock(wraps=sources.open_file))
     prepare(settings(tmp_path / "in", tmp_path / "o", max_docs=25))
-    assert len({*opened}) == 3  # the other files are not even opened
+    assert len({*map(str, opened.call_args_list)}) == 3  # the other files are not even opened
     assert {*decoded(tmp_path / "o")} == {t.strip().lower() for t in texts[:25]}
 
 
 def test_the_same_text_in_every_format_gives_the_same_shards(texts, tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet
-    import zstandard
-
     plain = [t.replace("\n", " ").strip() for t in texts[:150]]
     source = write_jsonl(tmp_path / "c.jsonl", plain)
     data = source.read_bytes()
-    two_members = gzip.compress(data[:5000]) + gzip.compress(data[5000:])
-    (tmp_path / "c.jsonl.gz").write_bytes(two_members)
-    frames = [zstandard.compress(data[:7000]), zstandard.compress(data[7000:])]
-    (tmp_path / "c.jsonl.zst").write_bytes(b"".join(frames))
-    (tmp_path / "c.ndjson.bz2").write_bytes(bz2.compress(data))
-    (tmp_path / "C.JSONL.XZ").write_bytes(lzma.compress(data))
-    (tmp_path / "c.json").write_text(json.dumps([{"text": text} for text in plain], indent=1))
-    (tmp_path / "c.txt").write_text("\n\n".join(plain) + "\n")
+    files = {
+        "c.jsonl.gz": gzip.compress(data[:5000]) + gzip.compress(data[5000:]),
+        "c.jsonl.zst": zstandard.compress(data[:7000]) + zstandard.compress(data[7000:]),
+        "c.ndjson.bz2": bz2.compress(data),
+        "C.JSONL.XZ": lzma.compress(data),
+        "c.json": json.dumps([{"text": text} for text in plain], indent=1).encode(),
+        "c.txt": ("\n\n".join(plain) + "\n").encode()}
+    for name, packed in files.items():
+        (tmp_path / name).write_bytes(packed)
     table = pa.table({"text": plain, "url": plain})
     pa.parquet.write_table(table, tmp_path / "c.parquet", row_group_size=40)
     (tmp_path / "spark.parquet").mkdir()  # a folder, as Spark writes it; its column holds bytes
@@ -332,12 +285,10 @@ def test_the_same_text_in_every_format_gives_the_same_shards(texts, tmp_path):
         table = pa.table({"text": part})
         pa.parquet.write_table(table, tmp_path / f"spark.parquet/part-{i}.parquet")
     (tmp_path / "spark.parquet" / "_SUCCESS").touch()
-    for name in ("c.jsonl", "c.jsonl.gz", "c.jsonl.zst", "c.ndjson.bz2", "C.JSONL.XZ", "c.json",
-                 "c.txt", "c.parquet", "spar*.parquet"):
+    for name in ("c.jsonl", *files, "c.parquet", "spar*.parquet"):
         meta = prepare(settings(tmp_path / name, tmp_path / "out" / name))
         assert shards(tmp_path / "out" / name) == shards(tmp_path / "out" / "c.jsonl"), name
     assert meta["skipped"] == {"files of other kinds: _SUCCESS": 1}
-    (tmp_path / "in").mkdir()
     write_jsonl(tmp_path / "in" / "1.jsonl", plain[:70])
     write_jsonl(tmp_path / "in" / "2.jsonl", plain[70:])
     prepare(settings(tmp_path / "in" / "*.jsonl", tmp_path / "glob"))
@@ -359,7 +310,6 @@ def test_marks_and_line_ends_of_windows_and_very_long_lines_change_nothing(texts
 
 
 def test_every_file_counts_once_and_what_is_left_out_is_named(texts, tmp_path):
-    (tmp_path / "in").mkdir()
     write_jsonl(tmp_path / "in" / "a.jsonl", texts[:100])
     prepare(settings(tmp_path / "in", tmp_path / "o"))
     for name in ("b.jsonl", "c.jsonl.gz", "d.jsonl.zst", "e.txt", "f.doc", ".hidden.doc"):
@@ -397,10 +347,6 @@ def test_odd_lines_of_json_are_read_or_counted(tmp_path):
     meta = prepare(settings(tmp_path / "odd.jsonl", tmp_path / "o", vocab_size=300, skip_bad=True))
     assert sum(s["documents"] for s in meta["shards"]) == 5 + len(GOOD)
     assert meta["skipped"] == {"bad": 2, "empty": 3}
-    if (case := ROOT.parent / "shared/cases/odd.jsonl").exists():
-        meta = prepare(settings(case, tmp_path / "p", vocab_size=300, skip_bad=True))
-        assert sum(s["documents"] for s in meta["shards"]) == 18
-        assert meta["skipped"] == {"bad": 2, "empty": 1}
 
 
 def test_text_without_spaces_trains_in_seconds_and_is_encoded_as_before(texts, tmp_path):
@@ -422,23 +368,16 @@ def test_killed_at_random_moments_ends_with_the_same_bytes(texts, tmp_path):
     options = ["--vocab_size", 600, "--shard_tokens", 15_000, "--task_examples", 40]
     options += ["--val_fraction", 0.1]
     started = time.time()
-    assert run(source, "--out", tmp_path / "whole", *options).returncode == 0
+    python("prepare_c4.py", source, "--out", tmp_path / "whole", *options)
     seconds = time.time() - started  # many times more on a busy machine
     rng, kills = random.Random(1), 0
-    for attempt in range(40):
-        with open(tmp_path / "log", "w") as log:
-            killed = command(source, "--out", tmp_path / "cut", *options)
-            process = subprocess.Popen(killed, stdout=log, stderr=log)
-            try:
-                # later attempts get longer, so that it ends some time
-                process.wait(timeout=seconds * (rng.uniform(0.1, 0.8) + 0.05 * attempt))
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                kills += 1
-                continue
-        assert process.returncode == 0, (tmp_path / "log").read_text()
-        break
+    for attempt in range(40):  # later attempts get longer, so that it ends some time
+        timeout = seconds * (rng.uniform(0.1, 0.8) + 0.05 * attempt)
+        try:
+            python("prepare_c4.py", source, "--out", tmp_path / "cut", *options, timeout=timeout)
+            break
+        except subprocess.TimeoutExpired:
+            kills += 1
     assert kills >= 1 and content(tmp_path / "cut") == content(tmp_path / "whole")
 
 
@@ -447,28 +386,20 @@ def test_killed_at_every_kind_of_step_ends_with_the_same_bytes(texts, tmp_path, 
     source = write_jsonl(tmp_path / "c.jsonl", texts[:300])
     config = settings(source, tmp_path / "whole", shard_tokens=15_000, task_examples=20,
                       val_fraction=0.1)
-    real, renames = os.replace, []
-    monkeypatch.setattr(os, "replace", lambda *names: (renames.append(names), real(*names)))
-    prepare(config)
-
-    class Killed(BaseException):
-        pass
-
-    for step in range(0, len(renames), 4):
-        out, left = tmp_path / f"cut{step}", [step]
-
-        def dies(*names, left=left):
-            if left[0] == 0:
-                raise Killed
-            left[0] -= 1
-            real(*names)
-
-        monkeypatch.setattr(os, "replace", dies)
-        with pytest.raises(Killed):
-            prepare(dataclasses.replace(config, out=str(out)))
+    Killed = type("Killed", (BaseException,), {})
+    renames = Mock(wraps=os.replace)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", renames)
+        prepare(config)
+    for step in range(0, renames.call_count, 4):
+        out = tmp_path / f"cut{step}"
+        killed = Mock(wraps=os.replace, side_effect=[*[DEFAULT] * step, Killed])
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", killed)
+            with pytest.raises(Killed):
+                prepare(dataclasses.replace(config, out=str(out)))
         with pytest.raises(ValueError, match=r"meta\.json"):
             Corpus(out)
-        monkeypatch.setattr(os, "replace", real)
         prepare(dataclasses.replace(config, out=str(out)))
         assert content(out) == content(tmp_path / "whole"), step
 
@@ -482,12 +413,12 @@ def test_workers_die_with_a_killed_parent_and_the_rest_is_done_later(texts, hub_
         path.write_bytes(gzip.compress(rows.encode()))
     options = ["--vocab_size", 600, "--shard_tokens", 100_000, "--tokenizer_bytes", 1_000_000]
     options += ["--workers", 2]
-    assert run(f"hub:{hub_folder}:en", "--out", tmp_path / "whole", *options).returncode == 0
+    command = "prepare_c4.py", f"hub:{hub_folder}:en", *options, "--out"
+    python(*command, tmp_path / "whole")
     n_shards, kills = len([*(tmp_path / "whole").glob("train_*.bin")]), 0
     while kills < 20:
-        log = open(tmp_path / "log", "w")  # noqa: SIM115
-        killed = command(f"hub:{hub_folder}:en", "--out", tmp_path / "cut", *options)
-        process = subprocess.Popen(killed, stdout=log, stderr=log)
+        killed = [sys.executable, *map(str, command), str(tmp_path / "cut")]
+        process = subprocess.Popen(killed, cwd=ROOT)
         n_parts = lambda: len([*(tmp_path / "cut").glob(".parts/t*.json")])
         wanted = n_parts() + n_shards // 4
         while process.poll() is None and n_parts() < wanted:
@@ -502,7 +433,7 @@ def test_workers_die_with_a_killed_parent_and_the_rest_is_done_later(texts, hub_
         while any(Path(f"/proc/{w}").exists() for w in workers) and time.time() < deadline:
             time.sleep(0.1)
         assert len(workers) >= 2 and not any(Path(f"/proc/{w}").exists() for w in workers)
-    assert process.returncode == 0 and kills >= 2, (tmp_path / "log").read_text()
+    assert process.returncode == 0 and kills >= 2
     assert content(tmp_path / "cut") == content(tmp_path / "whole")
 
 
@@ -529,7 +460,6 @@ def test_a_moved_corpus_and_a_moved_folder_continue(wordpiece, texts, tmp_path, 
     tokenizer = Path(shutil.copy(wordpiece, tmp_path / "tokenizer.json"))
     config = settings(source, tmp_path / "o", tokenizer=str(tokenizer), shard_tokens=5_000)
     prepare(config)
-    whole = content(tmp_path / "o")
     monkeypatch.setattr(prepare_c4, "assemble", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare(dataclasses.replace(config, out=str(tmp_path / "cut")))
@@ -544,14 +474,14 @@ def test_a_moved_corpus_and_a_moved_folder_continue(wordpiece, texts, tmp_path, 
         prepare(dataclasses.replace(config, source=source, tokenizer=tokenizer, out=str(out)))
     old, new = (json.loads((tmp_path / out / "meta.json").read_text()) for out in ("o", "link"))
     assert new.pop("source") == source != old.pop("source") and old == new
-    assert shards(moved[2]) == {k: v for k, v in whole.items() if k != "meta.json"}
+    assert shards(moved[2]) == shards(tmp_path / "o")
 
 
 def test_a_folder_that_cannot_be_written_to_is_found_out_first(
         jsonl, tmp_path, monkeypatch, refusal):
     (tmp_path / "file").touch()
     monkeypatch.setattr(prepare_c4, "choose_cuts", lambda *_: pytest.fail("began to read"))
-    assert "Not a directory: " in refusal(jsonl, "--out", tmp_path / "file" / "o")
+    refusal("Not a directory: ", jsonl, "--out", tmp_path / "file" / "o")
 
 
 def test_a_second_process_on_one_folder_is_refused(jsonl, tmp_path):
@@ -573,8 +503,8 @@ def test_a_folder_with_other_files_is_refused(jsonl, tmp_path):
 def test_full_disk_is_one_line(jsonl, tmp_path, monkeypatch, refusal):
     full = Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr(prepare_c4, "write_atomically", full)
-    said = refusal(jsonl, "--out", tmp_path / "o", "--vocab_size", 400)
-    assert "No space left" in said and said.endswith("the same command continues")
+    message = "No space left on device; once that is mended the same command continues"
+    refusal(message, jsonl, "--out", tmp_path / "o", "--vocab_size", 400)
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -587,8 +517,8 @@ BAD_FILES = {  # name: content, what is said of it
     "null.jsonl": (LINES + b'\n{"text": null}', ":41 has no text under the key 'text'"),
     "list.jsonl": (b"[1]\n" + LINES, ":1 has no text"),
     "deep.jsonl": (b"[" * 100_000 + b"\n" + LINES, ":1 is not JSON"),
-    "bytes.jsonl": (LINES + b'\n{"text": "\xff"}', r":41 is not UTF-8 \(byte 11"),
-    "bytes.txt": ("\n\n".join(GOOD).encode() + b"\n\nab\xff", r":81 is not UTF-8 \(byte 3"),
+    "bytes.jsonl": (LINES + b'\n{"text": "\xff"}', ":41 is not UTF-8 (byte 11"),
+    "bytes.txt": ("\n\n".join(GOOD).encode() + b"\n\nab\xff", ":81 is not UTF-8 (byte 3"),
     "cut.jsonl.gz": (gzip.compress(LINES)[:-20], " is damaged or cut short"),
     "not.jsonl.gz": (b"plain text", " is damaged or cut short"),
     "not.jsonl.zst": (b"plain text", " is damaged or cut short"),
@@ -596,8 +526,8 @@ BAD_FILES = {  # name: content, what is said of it
     "empty.jsonl": (b"", " has 0 different documents"),
     "blank.txt": (b"\n \n\n", " has 0 different documents"),
     "one.jsonl": ("\n".join([GOOD[0]] * 9).encode(), " has 1 different documents"),
-    "small.jsonl": (LINES, r"too small for --vocab_size 5000: it reaches \d+"),
-    "corpus.doc": (b"word", r" holds no \.jsonl"),
+    "small.jsonl": (LINES, "too small for --vocab_size 5000: it reaches "),
+    "corpus.doc": (b"word", " holds no .jsonl"),
 }
 
 
@@ -605,8 +535,8 @@ BAD_FILES = {  # name: content, what is said of it
 def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path, refusal):
     data, message = BAD_FILES[name]
     (tmp_path / name).write_bytes(data)
-    said = refusal(tmp_path / name, "--out", tmp_path / "data/o", "--vocab_size", 5000)
-    assert re.search(message if name == "small.jsonl" else re.escape(name) + message, said), said
+    message = name * (name != "small.jsonl") + message
+    refusal(message, tmp_path / name, "--out", tmp_path / "data/o", "--vocab_size", 5000)
     assert not (tmp_path / "data/o").exists()
 
 
@@ -616,13 +546,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path, refusal):
     ((Path(__file__).parents[1] / "docs",), "holds no .jsonl .ndjson"),
 ])
 def test_a_bad_command_line_is_one_line_and_leaves_nothing(arguments, message, tmp_path, refusal):
-    assert message in refusal(*arguments, "--out", tmp_path / "o")
+    refusal(message, *arguments, "--out", tmp_path / "o")
     assert not (tmp_path / "o").exists()
 
 
 def test_cut_zst_is_noticed_wherever_it_is_cut(tmp_path):
-    import zstandard
-
     whole = zstandard.compress(LINES)
     for end in range(1, len(whole), 37):
         (tmp_path / "c.jsonl.zst").write_bytes(whole[:end])
@@ -657,13 +585,12 @@ def test_inspect_reports_what_the_lengths_say(jsonl, tmp_path, capsys):
     fertility = f"{lengths.sum() / words:.2f} tokens/word, {size / lengths.sum():.2f} bytes/token"
     assert fertility in printed and printed.count("--- document") == 2
     assert content(tmp_path / "o") == before, "it reads only"
-    done = subprocess.run([sys.executable, "-m", "corpus.inspect", "nowhere"], capture_output=True,
-                          text=True, cwd=ROOT)
-    assert done.returncode == 1 and done.stderr.startswith("error: nowhere holds no meta.json")
+    done = python("-m", "corpus.inspect", "nowhere", code=1)
+    assert done.stderr.startswith("error: nowhere holds no meta.json")
 
 
 def test_reader_opens_more_shards_than_files_may_be_open(texts, tmp_path):
-    config = settings(write_jsonl(tmp_path / "c.jsonl", texts), tmp_path / "o", shard_tokens=1000)
+    config = settings(write_jsonl(tmp_path / "c.jsonl", texts), tmp_path / "o", shard_tokens=900)
     n_shards = len([s for s in prepare(config)["shards"] if s["split"] == "train"])
     assert n_shards > 100
     code = (
@@ -672,15 +599,12 @@ def test_reader_opens_more_shards_than_files_may_be_open(texts, tmp_path):
         f"c = Corpus({str(tmp_path / 'o')!r});"
         "print(sum(len(c[i]) for i in range(len(c))) == c.n_tokens)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.strip() == "True", done.stderr
+    assert python("-c", code).stdout.strip() == "True"
 
 
 def test_reader_names_the_file_that_does_not_match(jsonl, tmp_path):
     prepare(settings(jsonl, folder := tmp_path / "o"))
     meta = json.loads((folder / "meta.json").read_text())
-    longer = json.loads(json.dumps(meta))
-    longer["shards"][0]["tokens"] += 1
     as_json = lambda value: lambda _: json.dumps(value).encode()
     for name, change, message in [
         ("train_00000.bin", lambda b: b[:-2], "train_00000.bin has"),
@@ -690,7 +614,6 @@ def test_reader_names_the_file_that_does_not_match(jsonl, tmp_path):
         ("meta.json", lambda _: b"{", "meta.json cannot be read"),
         ("meta.json", as_json(meta | {"format": 9}), "meta.json is of format 9"),
         ("meta.json", as_json(meta | {"shards": 3}), "meta.json is damaged"),
-        ("meta.json", as_json(longer), "train_00000.bin has"),
         ("tokenizer.tiktoken", lambda _: b"", "tokenizer.tiktoken does not have the sha256"),
     ]:
         saved = (folder / name).read_bytes()
@@ -717,8 +640,7 @@ def hub_folder(texts, tmp_path) -> Path:
                      for split in ("train", "validation"))
     header = f"---\nconfigs:\n- config_name: en\n  data_files:\n{splits}---\n"
     (folder / "README.md").write_text(header)
-    others = {"timestamp": "2019-04-25T12:57:54Z", "url": "http://x"}
-    rows = [json.dumps({"text": t} | others) + "\n" for t in texts[:300]]
+    rows = [json.dumps({"text": t, "url": "http://x"}) + "\n" for t in texts[:300]]
     pieces = {"train.00000-of-00002": rows[:120] + rows[-10:],
               "train.00001-of-00002": rows[120:240], "validation.00000-of-00001": rows[240:]}
     for name, piece in pieces.items():
@@ -742,8 +664,8 @@ def test_unreachable_hub_is_one_line_within_seconds(tmp_path):
     closed = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     for env in ({"HF_HUB_OFFLINE": "1"}, closed):
         start = time.time()
-        done = run("c4", "--out", tmp_path / "o", **env)
-        assert done.returncode == 1 and done.stderr.count("\n") == 1 and time.time() - start < 20
+        done = python("prepare_c4.py", "c4", "--out", tmp_path / "o", code=1, **env)
+        assert done.stderr.count("\n") == 1 and time.time() - start < 20
         assert done.stderr.startswith("error: cannot stream allenai/c4 from the Hugging Face hub")
         assert not (tmp_path / "o").exists()
 
@@ -751,34 +673,20 @@ def test_unreachable_hub_is_one_line_within_seconds(tmp_path):
 def test_importing_stays_light():
     heavy = "datasets", "pyarrow", "tokenizers", "transformers", "torch", "tyro"
     code = f"import sys, prepare_c4; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.strip() == "[]"
+    assert python("-c", code).stdout.strip() == "[]"
 
 
 def test_prose_keeps_english_and_drops_code_tables_and_markup():
-    docstring = """Return the :class:`~torch.Tensor` of the *first* value, which is ``None`` for
-        an empty list [1]_.
-
-        Parameters
-        ----------
-        x : array_like
-            The values that are to be sorted in the given order.
-
-        >>> a = f(1)
-        The output of this is not prose at all.
-
-        Args:
-            n (`int`, *optional*, defaults to 3):
-                How many of the values to keep in the result.
-
-        ====  =====
-        a     b
-        ====  =====
-
-        ```python
-        This would be the code of the example in it.
-        ```
-        """
+    docstring = "\n\n".join([
+        "Return the :class:`~torch.Tensor` of the *first* value, which is ``None`` for\n"
+        "an empty list [1]_.",
+        "Parameters\n----------\n"
+        "x : array_like\n    The values that are to be sorted in the given order.",
+        ">>> a = f(1)\nThe output of this is not prose at all.",
+        "Args:\n    n (`int`, *optional*, defaults to 3):\n"
+        "        How many of the values to keep in the result.",
+        "====  =====\na     b\n====  =====",
+        "```python\nThis would be the code of the example in it.\n```"])
     assert offline.prose(docstring) == [
         "Return the Tensor of the first value, which is None for an empty list.",
         "The values that are to be sorted in the given order.",
@@ -789,8 +697,7 @@ def test_prose_keeps_english_and_drops_code_tables_and_markup():
 @pytest.mark.slow
 def test_docstrings_of_this_environment_are_ten_megabytes():
     documents = offline.collect_docstrings()
-    assert sum(map(len, documents)) > 10e6
-    assert len(set(documents)) == len(documents)
+    assert sum(map(len, documents)) > 10e6 and len(set(documents)) == len(documents)
 
 
 # --------------------------------------------------------------------------------------------- task
