@@ -26,12 +26,10 @@ from triton.compiler import ASTSource  # noqa: E402
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # what every launch passes, whatever the dtype of the activations
-POINTERS = {"cu_seqlens": "i32", "labels": "i64", "seed": "i64"} | dict.fromkeys(
-    ["lse", "delta", "slopes", "rope", "losses", "correct"], "fp32"
-)
-SCALARS = {"scale": "fp32"} | dict.fromkeys(
-    ["width", "half", "dropped", "stride", "n_tokens", "n_tiles", "n_columns", "n_documents"], "i32"
-)
+POINTERS = {"cu_seqlens": "i32", "labels": "i64", "seed": "i64"}
+POINTERS |= dict.fromkeys(["lse", "delta", "slopes", "rope", "losses", "correct"], "fp32")
+SCALARS = dict.fromkeys(["width", "half", "dropped", "stride", "n_tokens", "n_tiles", "n_columns",
+                         "n_documents"], "i32") | {"scale": "fp32"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -84,24 +82,24 @@ def check(chip, rows, dtype, tmp_path, wgmma=False):
         registers, stack = (int(re.search(rf"{x}:(\d+)", usage)[1]) for x in ("REG", "STACK"))
         shared = compiled.metadata.shared / 1024
         has_wgmma = "wgmma" in compiled.asm["ptx"]
-        part = {True: " dkdv", False: " dq"}.get(options.get("KEYS"), "")
-        part += {True: " bwd", False: " fwd"}.get(options.get("BACKWARD"), "")
         dots = "tt.dot" in compiled.asm["ttir"]
-        shape = "x".join(str(options[k]) for k in ("BLOCK", "ROWS", "HELD", "STEP") if k in options)
-        row = (
-            f"sm_{chip:<3} {kernel.__name__[1:] + part:18} {dtype} D {options.get('D', '-'):<3} "
-            f"tile {shape:8} warps {options.get('num_warps', 4)} stages "
-            f"{options.get('num_stages', 3)}: {registers:3} registers, {stack} bytes spilled, "
-            f"{shared:5.1f} KB shared{', wgmma' * has_wgmma}"
-        )
+        row = (f"sm_{chip:<3} {kernel.__name__[1:]:19} {dtype}: {registers:3} registers, {stack} "
+               f"bytes spilled, {shared:5.1f} KB shared{', wgmma' * has_wgmma}; {options}")
         print(row)
         if stack or shared > SHARED_KB[chip] or (wgmma and dots and not has_wgmma):
             bad.append(row)
     assert not bad, "\n".join(["these settings spill, do not fit, or miss wgmma:", *bad])
 
 
-@pytest.mark.parametrize("D", [64, 128])
-@pytest.mark.parametrize("chip", [80, 90])
+def slow(*values) -> list:
+    return [pytest.param(x, marks=pytest.mark.slow) for x in values]
+
+
+CHIPS = [80, 90, *slow(86, 89, 100, 120)]
+
+
+@pytest.mark.parametrize("D", [64, 128, *slow(16, 32, 96)])
+@pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("changes", [dict(rope=None), {}], ids=["ALiBi", "ALiBi and RoPE"])
 def test_attention(chip, D, changes, tmp_path):
     check(chip, attention_rows(chip, D, "bf16", **changes), "bf16", tmp_path, wgmma=chip == 90)
@@ -112,9 +110,10 @@ def test_attention_without_alibi(changes, tmp_path):
     check(90, attention_rows(90, 64, "bf16", slopes=None, **changes), "bf16", tmp_path, wgmma=True)
 
 
-@pytest.mark.parametrize("chip", [80, 90])
-def test_cross_entropy_geglu_and_slack(chip, tmp_path):
-    check(chip, other_rows(), "bf16", tmp_path)
+@pytest.mark.parametrize("dtype", ["bf16", *slow("fp16", "fp32")])
+@pytest.mark.parametrize("chip", CHIPS)
+def test_cross_entropy_geglu_and_slack(chip, dtype, tmp_path):
+    check(chip, other_rows(), dtype, tmp_path)
 
 
 def test_row_offsets_have_64_bits():
@@ -127,19 +126,9 @@ def test_row_offsets_have_64_bits():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("D", [16, 32, 64, 96, 128])
-@pytest.mark.parametrize("chip", SHARED_KB)
-@pytest.mark.parametrize("changes", [dict(rope=None), {}], ids=["ALiBi", "ALiBi and RoPE"])
-def test_attention_on_every_chip(chip, D, changes, tmp_path):
-    check(chip, attention_rows(chip, D, "bf16", **changes), "bf16", tmp_path, wgmma=chip == 90)
-    check(chip, other_rows(), "bf16", tmp_path)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("chip", SHARED_KB)
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_attention_without_positions_in_other_dtypes(chip, dtype, tmp_path):
     rows = attention_rows(chip, 64, dtype, slopes=None, rope=None)
     check(chip, rows, dtype, tmp_path, wgmma=chip == 90 and dtype == "fp16")
     check(chip, attention_rows(chip, 128, "fp32"), "fp32", tmp_path)
-    check(chip, other_rows(), dtype, tmp_path)
