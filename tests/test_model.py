@@ -1,12 +1,17 @@
 """model.py: equal to the originals, flat equals padded, every switch does what it is for."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
+import huggingface_hub
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
+from conftest import ROOT, randomize
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM
 
 from model import (
     PRESETS,
@@ -21,7 +26,7 @@ from model import (
     flops_per_token,
 )
 
-GOLDEN = Path(__file__).parents[1] / "../shared/golden/mosaicbert_small.safetensors"
+GOLDEN = ROOT / "../shared/golden/mosaicbert_small.safetensors"
 SMALL = dict(vocab_size=101, n_layers=2, n_heads=2, d_model=32, d_ff=48, vocab_multiple=1)
 NO_DROPOUT = dict(embedding_dropout=0.0, attention_dropout=0.0, output_dropout=0.0, mlp_dropout=0.0)
 LENGTHS = [7, 1, 12, 3]
@@ -49,8 +54,6 @@ def padded_batch(lengths=LENGTHS, vocab=101, seed=0):
 
 
 # ----------------------------------------------------------------------------- exactness
-
-
 def test_parameter_counts_are_the_papers():
     counts = {"mosaic-base": 137_400_384, "mosaic-large": 435_221_312}
     counts |= {"bert-base": 109_518_912, "bert-large": 335_180_608}
@@ -77,6 +80,7 @@ def golden():
 
 def upstream_folder(golden, folder: Path, prefixes=("mlm.",)) -> Path:
     weights = {k.split(".", 1)[1]: v for k, v in golden.items() if k.startswith(prefixes)}
+    folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(golden["config"])
     save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors")
     return folder
@@ -104,14 +108,9 @@ def test_mosaicbert_gradients_match_upstream_on_the_masked_only_path(golden, tmp
     ids, types = (golden[k][real] for k in ("input_ids", "token_type_ids"))
     loss, _ = model(ids, token_type_ids=types, **args)
     (loss / len(masked_idx)).backward()
-    upstream = {k: v for k, v in golden.items() if k.startswith("grad.")}
     # read upstream's gradients through the same renaming as its weights
-    folder = tmp_path / "grads"
-    folder.mkdir()
-    (folder / "config.json").write_text(golden["config"])
-    save_file({k[5:]: v.contiguous() for k, v in upstream.items()}, folder / "model.safetensors")
+    folder = upstream_folder(golden, tmp_path / "gradients", ("grad.",))
     gradients = dict(MaskedLM.from_pretrained(folder).named_parameters())
-    assert len(upstream) == len(gradients)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, gradients[name].data, atol=1e-5, rtol=1e-4, msg=name)
 
@@ -125,45 +124,28 @@ def test_mosaicbert_classifier_matches_upstream(golden, tmp_path):
 
 
 def hf_config(**changes):
-    from transformers import BertConfig
-
     shape = dict(vocab_size=97, hidden_size=36, num_hidden_layers=3, num_attention_heads=3,
                  intermediate_size=50, max_position_embeddings=33, type_vocab_size=3)
     dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     return BertConfig(**{**shape, **dropout, **changes})
 
 
-def randomize(module, seed=0):
-    """Weights large enough that a wrong one shows: N(0, 0.02) and zero biases hide mistakes."""
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(torch.randn(p.shape, generator=g) * 0.1)
-    return module
-
-
 @pytest.mark.parametrize("lengths", [[9, 33, 1, 17], [5]])
 @pytest.mark.parametrize("head", ["MaskedLM", "SequenceClassification"])
 def test_bert_matches_transformers_with_every_gradient(tmp_path, lengths, head):
-    import transformers
-
-    theirs = getattr(transformers, f"BertFor{head}")(hf_config(num_labels=4))
-    theirs = randomize(theirs).eval()
+    theirs = randomize(getattr(transformers, f"BertFor{head}")(hf_config(num_labels=4)))
     theirs.save_pretrained(tmp_path / "w")
     ids, mask = padded_batch(lengths, vocab=97)
     place = torch.arange(ids.numel()).reshape(ids.shape)
-    inputs = dict(input_ids=ids, attention_mask=mask, token_type_ids=place % 3)
+    cls = MaskedLM if head == "MaskedLM" else SequenceClassifier
+    ours, inputs = cls.from_pretrained(tmp_path / "w").eval(), (ids, mask, place % 3)
     if head == "MaskedLM":
-        cls, real = MaskedLM, mask.bool()
-        inputs["labels"] = torch.where((place % 4 == 0) & real, ids, -100)
-        ours = cls.from_pretrained(tmp_path / "w").eval()
-        loss, logits = ours(**inputs)
+        real, labels = mask.bool(), torch.where((place % 4 == 0) & mask.bool(), ids, -100)
+        loss, logits = ours(*inputs, labels=labels)
     else:
-        cls, real, inputs["labels"] = SequenceClassifier, ..., torch.arange(len(lengths))
-        ours = cls.from_pretrained(tmp_path / "w").eval()
-        logits = ours(ids, mask, place % 3)
-        loss = F.cross_entropy(logits, inputs["labels"])
-    expected = theirs(**inputs)
+        real, labels, logits = ..., torch.arange(len(lengths)), ours(*inputs)
+        loss = F.cross_entropy(logits, labels)
+    expected = theirs(*inputs, labels=labels)
     torch.testing.assert_close(logits[real], expected.logits[real], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(loss, expected.loss, atol=1e-5, rtol=0)
     loss.backward()
@@ -178,8 +160,6 @@ def test_bert_matches_transformers_with_every_gradient(tmp_path, lengths, head):
 
 
 # ----------------------------------------------------------------------------- flat and padded
-
-
 @pytest.mark.parametrize("position", ["alibi", "learned", "rope"])
 def test_flat_equals_padded_on_either_side(position):
     model = MaskedLM(small(position=position)).eval()
@@ -205,7 +185,7 @@ POSITIONS = [  # settings, blind to the order of a document
 @pytest.mark.parametrize(("position", "blind"), POSITIONS, ids=str)
 def test_order_matters_and_only_symmetric_alibi_is_blind_to_direction(position, blind):
     """A document read from its end: MosaicBERT's hidden states are the reversed ones."""
-    model = randomize(Encoder(small(**position))).eval()
+    model = randomize(Encoder(small(**position)))
     ids, cu, S = flat_batch([12])
     swapped = ids[[0, 1, 2, 8, 4, 5, 6, 7, 3, 9, 10, 11]]
     hidden, reverse, other = (model.flat(x, cu, S) for x in (ids, ids.flip(0), swapped))
@@ -235,11 +215,7 @@ def test_masked_only_equals_full_in_value_and_gradient(norm):
         loss, n_correct = model(ids, **args)
         loss.backward()
         results.append((loss, n_correct, {k: p.grad for k, p in model.named_parameters()}))
-    (loss_a, n_a, grads_a), (loss_b, n_b, grads_b) = results
-    torch.testing.assert_close(loss_a, loss_b)
-    assert n_a == n_b
-    for name in grads_a:
-        torch.testing.assert_close(grads_a[name], grads_b[name], atol=1e-6, rtol=1e-5, msg=name)
+    torch.testing.assert_close(*results, atol=1e-6, rtol=1e-5)
 
 
 def test_each_matmul_sees_real_tokens_and_the_last_ones_only_the_masked(monkeypatch):
@@ -256,8 +232,6 @@ def test_each_matmul_sees_real_tokens_and_the_last_ones_only_the_masked(monkeypa
 
 
 # ----------------------------------------------------------------------------- long, empty, odd
-
-
 @pytest.mark.parametrize("mode", ["fp32", "autocast", "bf16"])
 def test_loss_and_gradients_are_finite_on_adversarial_inputs(mode):
     """One document of 8,192, though configs say 128, among 500 of 3, length-1 and empty ones."""
@@ -269,8 +243,7 @@ def test_loss_and_gradients_are_finite_on_adversarial_inputs(mode):
     with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
         loss, _ = model(ids, cu_seqlens=cu, max_seqlen=S, masked_idx=idx, labels=ids[idx])
     loss.backward()
-    assert torch.isfinite(loss)
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 def test_a_row_of_padding_gives_finite_output():
@@ -297,8 +270,6 @@ def test_inputs_that_cannot_be_encoded_are_refused_with_a_sentence():
 
 
 # ----------------------------------------------------------------------------- heads
-
-
 def test_classifiers_flat_equal_padded_and_need_labels():
     ids, cu, S = flat_batch()
     padded, mask = padded_batch()
@@ -312,8 +283,6 @@ def test_classifiers_flat_equal_padded_and_need_labels():
 
 
 # ----------------------------------------------------------------------------- switches
-
-
 def output(seed=0, train=False, **changes):
     torch.manual_seed(seed)
     model = randomize(Encoder(small(**changes))).train(train)
@@ -321,28 +290,10 @@ def output(seed=0, train=False, **changes):
     return model.flat(*flat_batch())
 
 
-@pytest.mark.parametrize(
-    ("changes", "more"),
-    [
-        (dict(position="learned", max_positions=64), 64 * 32),
-        (dict(mlp="gelu"), -2 * (32 * 48 - 48)),  # without the second half; gelu has a bias
-        (dict(d_ff=96), 2 * 3 * 32 * 48),
-        (dict(norm="pre"), 2 * 32),
-        (dict(bias=False), -2 * (3 * 32 + 32 + 32)),
-        (dict(vocab_multiple=64), (128 - 101) * (32 + 1)),
-        (dict(tie_head=False), 101 * 32),
-        (dict(n_token_types=4), 2 * 32),
-    ],
-    ids=str,
-)
-def test_switches_add_and_take_parameters(changes, more):
-    assert MaskedLM(small(**changes)).n_params() - MaskedLM(small()).n_params() == more
-
-
 @torch.no_grad()
 def test_pre_norm_is_torchs():
     cfg = small(norm="pre", mlp="gelu", position="learned", max_positions=12)
-    model = randomize(Encoder(cfg)).eval()
+    model = randomize(Encoder(cfg))
     names = {"self_attn.in_proj_": "attention.qkv.", "self_attn.out_proj.": "attention_out.",
              "linear1.": "mlp.inp.", "linear2.": "mlp.out.", "norm1.": "attention_norm.",
              "norm2.": "mlp_norm."}
@@ -393,8 +344,7 @@ def test_mlp_dropout_sits_where_upstream_has_it():
     torch.manual_seed(0)
     gated = Encoder(small(mlp_dropout=0.5)).layers[0].mlp(x)
     plain = Encoder(small(mlp="gelu", mlp_dropout=0.5)).layers[0].mlp(x)
-    assert (gated == 0).float().mean() < 0.01
-    assert 0.4 < (plain == 0).float().mean() < 0.6
+    assert (gated == 0).float().mean() < 0.01 and 0.4 < (plain == 0).float().mean() < 0.6
 
 
 def test_classifier_dropout_switch():
@@ -411,52 +361,37 @@ def test_attention_of_a_config_of_an_earlier_run_is_renamed(dropout, now):
     assert EncoderConfig(attention="reference", attention_dropout=dropout).attention == now
 
 
-def test_attention_backend_switch():
-    for attention in ("cpu", "padded"):
-        torch.testing.assert_close(output(attention="auto"), output(attention=attention))
-    with pytest.raises((ValueError, RuntimeError), match=r"(?i)triton"):
-        output(attention="triton")  # on a CPU
-
-
 def test_activation_checkpointing_recomputes_and_changes_nothing():
     ids, cu, S = flat_batch()
     grads, calls = [], []
     for on in (False, True):
         torch.manual_seed(0)
         model = MaskedLM(small(activation_checkpointing=on))
-        count = []
-        model.encoder.layers[0].mlp.register_forward_hook(lambda *_, count=count: count.append(1))
+        model.encoder.layers[0].mlp.register_forward_hook(forward := Mock(return_value=None))
         torch.manual_seed(1)
         idx = torch.tensor([3, 8])
         loss, _ = model(ids, cu_seqlens=cu, max_seqlen=S, masked_idx=idx, labels=ids[idx])
         loss.backward()
         grads.append([p.grad for p in model.parameters()])
-        calls.append(len(count))
+        calls.append(forward.call_count)
     assert calls == [1, 2]
-    for a, b in zip(*grads):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        (dict(d_model=33), "not a multiple of n_heads"),
-        (dict(attention_dropout=0.1, attention="triton"), "leave attention at auto"),
-        (dict(mlp="swiglu"), "choose from geglu, gelu"),
-        (dict(mlp_dropout=1.0), "must be in"),
-        (dict(n_layers=0), "at least 1"),
-        (dict(position="learned", max_positions=0), "at least 1"),
-        (dict(alibi_ratio=0.0), "alibi_ratio is 0.0"),
-        (dict(rope_base=0.0), "rope_base is 0.0"),
-        (dict(position="rope", d_model=66, n_heads=2), "pairs of columns"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "sentence"), [
+    (dict(d_model=33), "not a multiple of n_heads"),
+    (dict(attention_dropout=0.1, attention="triton"), "leave attention at auto"),
+    (dict(mlp="swiglu"), "choose from geglu, gelu"),
+    (dict(mlp_dropout=1.0), "must be in"),
+    (dict(n_layers=0), "at least 1"),
+    (dict(position="learned", max_positions=0), "at least 1"),
+    (dict(alibi_ratio=0.0), "alibi_ratio is 0.0"),
+    (dict(rope_base=0.0), "rope_base is 0.0"),
+    (dict(position="rope", d_model=66, n_heads=2), "pairs of columns"),
+])
 def test_invalid_combinations_are_refused_with_a_sentence(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         Encoder(small(**changes))
-
-
-# ----------------------------------------------------------------------------- LayerNorm, compile
 
 
 def test_low_precision_layernorm_runs_in_the_autocast_dtype_and_is_near_fp32():
@@ -475,30 +410,7 @@ def test_low_precision_layernorm_runs_in_the_autocast_dtype_and_is_near_fp32():
     assert errors[False] < 1e-5 < errors[True] < 0.04
 
 
-# ----------------------------------------------------------------------------- torch.compile
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiles_to_one_graph_and_never_again_for_other_documents(backend):
-    torch._dynamo.reset()
-    model = MaskedLM(small(**NO_DROPOUT))
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
-    masked_idx = torch.tensor([2, 9, 11])
-    for lengths in ([7, 1, 12, 3], [3, 12, 7, 1], [12, 3, 1, 7], [10, 10, 1, 2]):
-        ids, cu, _ = flat_batch(lengths)
-        args = dict(cu_seqlens=cu, max_seqlen=12, masked_idx=masked_idx, labels=ids[masked_idx])
-        loss, n_correct = compiled(ids, **args)
-        expected, n_expected = model(ids, **args)
-        torch.testing.assert_close(loss, expected)
-        assert n_correct == n_expected
-        loss.backward()
-        torch._dynamo.config.error_on_recompile = True
-    torch._dynamo.config.error_on_recompile = False
-
-
 # ----------------------------------------------------------------------------- loading and saving
-
-
 def test_saved_and_loaded_is_bit_for_bit_the_same(tmp_path):
     untied, bert = dict(tie_head=False, norm="pre"), dict(position="learned", mlp="gelu")
     for i, changes in enumerate([{}, untied, bert]):
@@ -511,7 +423,7 @@ def test_saved_and_loaded_is_bit_for_bit_the_same(tmp_path):
 
 
 def test_encoder_and_heads_load_from_a_masked_lm_checkpoint(tmp_path):
-    model = randomize(MaskedLM(small())).eval()
+    model = randomize(MaskedLM(small()))
     model.save_pretrained(tmp_path)
     ids, mask = padded_batch()
     expected = model.encoder(ids, mask)
@@ -529,22 +441,11 @@ def test_encoder_and_heads_load_from_a_masked_lm_checkpoint(tmp_path):
     torch.testing.assert_close(again(ids, mask), expected)
 
 
-def test_a_run_folder_means_its_newest_complete_checkpoint(tmp_path):
-    for step in (100, 20):
-        model = MaskedLM(small())
-        model.head.decoder.bias.data.fill_(step)
-        model.save_pretrained(tmp_path / "ckpt" / f"step_{step:08d}")
-    (tmp_path / "ckpt" / "step_00000300.tmp").mkdir()
-    assert MaskedLM.from_pretrained(tmp_path).head.decoder.bias[0] == 100
-
-
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"layer_norm_eps": 1e-3}])
 def test_pytorch_bin_and_tensorflow_names_load(tmp_path, changes):
     """bert-base-uncased: LayerNorm gamma and beta, a pooler and next-sentence weights. An untied
     decoder and another epsilon are kept."""
-    from transformers import BertForMaskedLM
-
-    hf = randomize(BertForMaskedLM(hf_config(**changes))).eval()
+    hf = randomize(BertForMaskedLM(hf_config(**changes)))
     hf.save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
@@ -563,9 +464,8 @@ def test_damaged_weights_are_one_line_naming_the_file(tmp_path):
     MaskedLM(small()).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"model\.safetensors is damaged") as e:
+    with pytest.raises(ValueError, match=r"^.*model\.safetensors is damaged.*$"):
         MaskedLM.from_pretrained(tmp_path)
-    assert "\n" not in str(e.value)
     file.unlink()
     torch.save({"x": Path("/")}, tmp_path / "pytorch_model.bin")  # a pickle that holds no weights
     with pytest.raises(ValueError, match=r"pytorch_model\.bin is damaged"):
@@ -574,37 +474,29 @@ def test_damaged_weights_are_one_line_naming_the_file(tmp_path):
 
 @pytest.mark.parametrize(("stated", "meant"), [(None, 0.25), (0.0, 0.0), (0.5, 0.5)])
 def test_a_berts_classifier_dropout_is_its_hidden_one_unless_stated(tmp_path, stated, meant):
-    from transformers import BertForMaskedLM
-
     config = hf_config(hidden_dropout_prob=0.25, classifier_dropout=stated)
     BertForMaskedLM(config).save_pretrained(tmp_path)
     assert SequenceClassifier.from_pretrained(tmp_path, n_labels=2).cfg.classifier_dropout == meant
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda w: w.pop("encoder.layers.1.mlp.out.bias"), "missing: encoder.layers.1.mlp.out.b"),
-        (lambda w: w.pop("head.dense.weight"), "missing: head.dense.weight"),
-        (lambda w: w.update(extra=torch.zeros(1)), "unexpected: extra"),
-        (lambda w: w.update({"head.norm.weight": torch.zeros(3)}),
-         r"head.norm.weight: .*\[3\].* from checkpoint, .* current model is .*\[32\]"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda w: w.pop("encoder.layers.1.mlp.out.bias"), "missing: encoder.layers.1.mlp.out.b"),
+    (lambda w: w.pop("head.dense.weight"), "missing: head.dense.weight"),
+    (lambda w: w.update(extra=torch.zeros(1)), "unexpected: extra"),
+    (lambda w: w.update({"head.norm.weight": torch.zeros(3)}),
+     r"head.norm.weight: .*\[3\].* from checkpoint, .* current model is .*\[32\]"),
+])
 def test_weights_that_do_not_fit_are_named_in_one_line(tmp_path, change, message):
     MaskedLM(small()).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     change(weights)
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=message) as e:
+    with pytest.raises(ValueError, match=f"^.*{message}.*$"):
         MaskedLM.from_pretrained(tmp_path)
-    assert "\n" not in str(e.value)
 
 
 def test_a_hub_name_is_looked_up_in_the_hubs_cache(tmp_path, monkeypatch):
     """What a login node has fetched is found on a node without network."""
-    import huggingface_hub
-
     model = MaskedLM(small())
     cached = tmp_path / "models--acme--encoder"
     model.save_pretrained(cached / "snapshots/0123abc")
