@@ -1,28 +1,25 @@
 """What bench/kernels.py counts, and that its peers compute the same; timing itself needs a GPU."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import python
 
 import machine
 from bench import kernels as bench_kernels
 from bench.kernels import attention_cost, draw_lengths, pointwise_bytes, rates
 from kernels import alibi_slopes, attention_reference
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only where there is no GPU")
 def test_without_a_gpu_it_is_one_line():
-    command = [sys.executable, "-m", "bench.kernels"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 1 and result.stdout == "" and result.stderr.count("\n") == 1
+    result = python("-m", "bench.kernels", code=1)
+    assert result.stdout == "" and result.stderr.count("\n") == 1
     assert result.stderr.startswith("error: python -m bench.kernels: no CUDA device")
 
 

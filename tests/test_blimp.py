@@ -2,15 +2,15 @@
 
 import json
 import time
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import some_documents
+from conftest import randomize, refused, save_checkpoint, some_documents
 from tqdm import tqdm
 from transformers import AutoModelForMaskedLM
 
-from corpus.tokenizer import Tokenizer
 from export import huggingface as export
 from machine import pick_dtype
 from model import EncoderConfig, MaskedLM, SequenceClassifier
@@ -21,17 +21,11 @@ PAIR = ("It barks.", "It bark.")
 LINE = '{"linguistics_term": "npi", "sentence_good": "It barks.", "sentence_bad": "It bark."}\n'
 
 
-@pytest.fixture
-def tokenizer(corpus_dir) -> Tokenizer:
-    return Tokenizer.load(corpus_dir)
-
-
 def exported(tokenizer, folder, write=export.write_model, **shape):
     """A random model, ours and as transformers loads it."""
     torch.manual_seed(0)
-    model = MaskedLM(EncoderConfig(**{"vocab_size": tokenizer.vocab_size} | SHAPE | shape)).eval()
-    for p in model.parameters():
-        p.data += torch.randn_like(p) * 0.05
+    cfg = EncoderConfig(**{"vocab_size": tokenizer.vocab_size} | SHAPE | shape)
+    model = randomize(MaskedLM(cfg))
     write(model, tokenizer, {}, folder)
     return model, AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True).eval()
 
@@ -100,8 +94,7 @@ def test_a_run_gets_a_record_a_checkpoint_and_bad_input_one_line(tokenizer, tmp_
     assert read_pairs(zorro) == ("zorro", [("filler-gap-x", "filler-gap", *PAIR)] * 3)
     run, config = tmp_path / "run", EncoderConfig(tokenizer.vocab_size, **SHAPE)
     for step in (10, 20):
-        MaskedLM(config).save_pretrained(folder := run / f"ckpt/step_{step:08d}")
-        tokenizer.save(folder)
+        folder = save_checkpoint(run / f"ckpt/step_{step:08d}", tokenizer, MaskedLM(config))
         (folder / "progress.json").write_text(json.dumps({"step": step, "train_seconds": step / 2}))
     for more in (["--checkpoints", "all"], [], ["--pairs", "1"]):
         main([str(run), "--blimp_dir", blimp, *more])
@@ -111,18 +104,16 @@ def test_a_run_gets_a_record_a_checkpoint_and_bad_input_one_line(tokenizer, tmp_
     SequenceClassifier(config, 2).save_pretrained(tmp_path / "tuned")
     no_key = folder_with("no_key/npi.jsonl", LINE + LINE.replace("_bad", "_worse"))
     for path, folder, n, message in [
-        (run, str(run / "ckpt"), 0, "no [*].jsonl"),
+        (run, str(run / "ckpt"), 0, "no *.jsonl"),
         (run, no_key, 0, "npi.jsonl, line 2: no key 'sentence_bad'"),
         (run, folder_with("odd/case.txt", "1\n2\n3\n"), 0, "case.txt: 3 lines"),
-        (run, blimp, 4, "--pairs 4: .*a.jsonl has 3"),
+        (run, blimp, 4, "a.jsonl has 3"),
         (tmp_path / "tuned", blimp, 0, "tuned does not fit this model; missing: head")]:
-        with pytest.raises(SystemExit, match=f"^error: [^\n]*{message}[^\n]*$"):
+        with refused(message):
             main([str(path), "--blimp_dir", folder, "--pairs", str(n)])
 
-    def full(folder, advice):
-        raise OSError(f"{folder} cannot be written")
-
+    full = Mock(side_effect=OSError("it cannot be written"))
     monkeypatch.setattr("studies.blimp.make_folder", full)
     monkeypatch.setattr("studies.blimp.pseudo_log_likelihoods", None)  # refused before the work
-    with pytest.raises(SystemExit, match=r"^error: .* cannot be written$"):
+    with refused("it cannot be written"):
         main([str(run), "--blimp_dir", blimp])
