@@ -4,35 +4,26 @@ pictures can be read."""
 import json
 import math
 import os
-import re
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 from itertools import product
 from pathlib import Path
+from unittest.mock import Mock
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from conftest import ROOT, python
 from matplotlib.axis import XTick, YTick
 
 import plots
 import records
 
-REPO = Path(plots.__file__).parent
-
 
 # ------------------------------------------------------------------------- made-up run folders
-
-
 def train_line(step, loss=5.0, **extra):
     record = {"type": "train", "step": step, "tokens": step * 1000, "loss": loss, "accuracy": 0.2}
     record |= {"lr": 1e-3, "tok_per_s": 9000.0, "mfu": 0.5, "train_seconds": step * 0.5}
     return record | {"gpu_seconds": step * 1.0, "dollars": step * 0.001} | extra
-
-
-def eval_line(step, loss=5.0):
-    return train_line(step, loss) | {"type": "eval"}
 
 
 def glue_line(step, score, task="RTE", seed=19, **extra):
@@ -52,8 +43,7 @@ def as_lines(found):
 def make_run(folder, lines=(), glue=(), family="mosaic", preset="mosaic-tiny", device="a CPU",
              header=True):
     (folder / "glue").mkdir(parents=True, exist_ok=True)
-    about = {"type": "header", "device": device, "world_size": 1, "family": family}
-    about |= {"preset": preset}
+    about = dict(type="header", device=device, world_size=1, family=family, preset=preset)
     (folder / "log.jsonl").write_bytes(as_lines([about] * header + list(lines)))
     (folder / "glue" / "all.jsonl").write_bytes(as_lines(glue))
     return str(folder)
@@ -62,7 +52,7 @@ def make_run(folder, lines=(), glue=(), family="mosaic", preset="mosaic-tiny", d
 def full_run(folder, level=0.0, rate=1.0, tasks=("RTE", "CoLA"), seeds=(1, 2, 3), **about):
     loss = lambda s: 3 + 6 * math.exp(-s / 200) - level
     log = [train_line(s, loss(s), train_seconds=s * rate) for s in range(10, 801, 10)]
-    log += [eval_line(s, loss(s) + 0.1) for s in range(100, 801, 100)]
+    log += [train_line(s, loss(s) + 0.1) | {"type": "eval"} for s in range(100, 801, 100)]
     glue = [glue_line(s, 0.5 + 0.04 * k + level * bool(s) + 0.003 * seed, task, seed,
                       pretrain_seconds=s * rate)
             for k, s in enumerate([0, 100, 200, 400, 800]) for task in tasks for seed in seeds]
@@ -128,8 +118,6 @@ def drawn(monkeypatch, tmp_path):
 
 
 # ------------------------------------------------------------------------------------- reading
-
-
 def test_of_a_resumed_run_the_last_record_of_a_step_counts(tmp_path):
     """What a killed life did beyond the step that the next began at is forgotten: with
     --max_minutes the second may end at a smaller step than the first had come to."""
@@ -187,8 +175,6 @@ def test_device_and_family_are_those_of_pretraining(tmp_path):
 
 
 # ---------------------------------------------------------------------------------- statistics
-
-
 def test_frontier_is_the_points_that_no_other_dominates():
     rng = np.random.default_rng(0)
     for lower in (False, True) * 100:
@@ -199,19 +185,6 @@ def test_frontier_is_the_points_that_no_other_dominates():
         assert plots.frontier(x, y, lower).tolist() == [not b for b in beaten]
     # two clocks that were to stop at the same minute: a thousandth of a second buys no place
     assert plots.frontier([60.07, 60.08, 120], [68, 87, 86], False).tolist() == [False, True, False]
-
-
-def test_standard_error_and_paired_test_by_hand():
-    assert records.standard_error([1.0, 2.0, 3.0, 4.0]) == pytest.approx(math.sqrt(5 / 3) / 2)
-    assert math.isnan(records.standard_error([1.0]))
-    # differences 0.1, 0.1, 0.2: t = 4 with 2 degrees of freedom, where p = 1 - t / sqrt(2 + t²);
-    # 4.302653 is Student's 97.5 % point
-    p, low, high = records.paired_test([4.1, 4.3, 4.6], [4.0, 4.2, 4.4])
-    assert p == pytest.approx(1 - 4 / math.sqrt(2 + 4**2))
-    assert [low, high] == pytest.approx([0.4 / 3 - 4.302653 / 30, 0.4 / 3 + 4.302653 / 30])
-    # equal differences are no certainty: two examples of 277 more for each seed
-    a, b = [142 / 277, 144 / 277, 150 / 277], [140 / 277, 142 / 277, 148 / 277]
-    assert all(map(math.isnan, [*records.paired_test(a, b), *records.paired_test([1.0], [2.0])]))
 
 
 def score(run, task, value, at=10, cost=4.0):
@@ -267,8 +240,6 @@ def test_a_family_has_the_same_colour_in_every_figure():
 
 
 # ------------------------------------------------------------------------------------- figures
-
-
 def visible_texts(fig):
     """(text, box in pixels) of all that is written: titles, labels, tick labels, legend, notes."""
     fig.canvas.draw()
@@ -312,11 +283,7 @@ def test_a_figure_is_whole_and_its_texts_do_not_overlap(name, two_runs, tmp_path
 
 def test_a_failed_drawing_leaves_the_old_file(two_runs, tmp_path, monkeypatch):
     (tmp_path / "p.png").write_text("old")
-
-    def full_disk(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full_disk)
+    monkeypatch.setattr("os.fsync", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space"):
         plots.pareto(two_runs, out=str(tmp_path / "p.png"))
     assert (tmp_path / "p.png").read_text() == "old"
@@ -400,8 +367,7 @@ def test_loss_is_drawn_as_it_was_logged_each_family_in_its_colour(two_runs, tmp_
     smooth = [line for line in fig.axes[0].lines if line.get_linewidth() == 1.6][1]
     assert smooth.get_ydata()[40] == pytest.approx(raw[0].get_ydata()[40], abs=0.05)
     assert [t.get_text() for t in fig.legends[0].texts] == ["mosaic", "bert", "nano"]
-    many = [make_run(tmp_path / f"many{i}", [train_line(10), train_line(20)])
-            for i in range(31)]
+    many = [make_run(tmp_path / f"many{i}", [train_line(10), train_line(20)]) for i in range(31)]
     assert drawn(plots.loss, *many).legends[0].texts[-1].get_text() == "and 2 more"
 
 
@@ -462,8 +428,6 @@ def test_names_are_text(tmp_path, drawn):
 
 
 # ------------------------------------------------------------------------------------ ablation
-
-
 def gains(ax):
     return [round(c.lines[0].get_xdata()[0], 6) for c in ax.containers]
 
@@ -512,19 +476,11 @@ def test_an_effect_that_may_be_chance_has_a_hollow_marker_and_one_seed_no_bar(tm
 
 
 # -------------------------------------------------------------------------------- command line
-
-
-def run_cli(*args, cwd):
-    command = [sys.executable, str(REPO / "plots.py"), *map(str, args)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=env)
-
-
 def test_command_line_expands_patterns_and_mentions_what_it_left_out(two_runs, tmp_path):
     make_run(tmp_path / "runs" / "no-glue-yet", [train_line(10)])
     (tmp_path / "runs" / "empty").mkdir()
-    done = run_cli("pareto", "runs/*", "--task", "RTE", "--x", "tokens", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    args = "pareto", "runs/*", "--task", "RTE", "--x", "tokens"
+    done = python(ROOT / "plots.py", *args, cwd=tmp_path)
     assert done.stdout == "plots/pareto.png\n"
     assert "no glue with tokens known yet, left out: runs/no-glue-yet" in done.stderr
     assert "no run folder and no sweep, left out: runs/empty" in done.stderr
@@ -550,17 +506,15 @@ def test_bad_input_is_one_line_and_writes_nothing(args, says, tmp_path):
     make_run(tmp_path / "runs" / "free", [], [glue_line(10, 0.5, pretrain_dollars=0.0)])
     files = lambda: sorted(path for path in tmp_path.rglob("*") if path.is_file())
     before = files()
-    done = run_cli(*args.split(), cwd=tmp_path)
-    errors = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
-    assert done.returncode == 1 and len(errors) == 1, done.stderr
-    assert re.match(r"error: ", errors[0]) and says in errors[0]
+    done = python(ROOT / "plots.py", *args.split(), code=1, cwd=tmp_path)
+    (error,) = (line for line in done.stderr.splitlines() if not line.startswith("note: "))
+    assert error.startswith("error: ") and says in error
     assert done.stdout == "" and files() == before
 
 
 def test_needs_no_torch(two_runs, tmp_path):
     code = "import sys; sys.modules['torch'] = None; import plots; plots.loss(tuple(sys.argv[1:]))"
-    env = os.environ | {"PYTHONPATH": str(REPO)}
-    subprocess.run([sys.executable, "-c", code, *two_runs], cwd=tmp_path, env=env, check=True)
+    python("-c", code, *two_runs, cwd=tmp_path)
 
 
 @pytest.mark.slow
@@ -576,9 +530,7 @@ def test_a_thousand_runs_of_ten_thousand_lines_take_under_20_s_and_little_memory
         plots.loss((sys.argv[1],), out=sys.argv[2])
         peak = open("/proc/self/status").read().split("VmHWM:")[1].split()[0]
         print(time.process_time(), peak, file=sys.stderr)"""
-    command = [sys.executable, "-c", code, str(tmp_path / "0*"), str(tmp_path / "p.png")]
-    env = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    done = python("-c", code, tmp_path / "0*", tmp_path / "p.png", OMP_NUM_THREADS="1")
     cpu_seconds, kib = map(float, done.stderr.split())  # the machine may be busy with other things
     print(f"{cpu_seconds:.1f} s of CPU, {kib / 1024:.0f} MiB")
     assert cpu_seconds < 20 and kib < 400 * 1024
