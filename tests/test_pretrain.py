@@ -1,6 +1,5 @@
 """pretrain.py: schedules, one global batch, nothing lost on a kill, one line for bad input."""
 
-import functools
 import hashlib
 import json
 import math
@@ -16,6 +15,8 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import cache, partial
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -24,7 +25,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import prepare_texts, some_documents
+from conftest import ROOT, prepare_texts, python, refused, some_documents, wordpiece
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,7 +42,6 @@ from model import EncoderConfig, MaskedLM, find_checkpoints
 from recipes import TrainConfig, lr_scale, masking_rate, mean_masking_rate
 from records import read_json
 
-ROOT = Path(__file__).parents[1]
 SHAPE = "--model.n_layers 1 --model.d_model 32 --model.d_ff 64 --model.n_heads 2"
 SMALL = ("--seq_len 32 --batch_tokens 512 --micro_tokens 512 --device cpu --dtype float32 "
          "--log_every 1 --eval_tokens 512 --pppl_tokens 40")
@@ -51,14 +51,12 @@ CPU = torch.device("cpu")
 
 
 # ------------------------------------------------------------ running it
-
-
 def command(corpus, out, args, preset="mosaic-tiny") -> list[str]:
     return ["pretrain.py", preset, "--data", str(corpus), "--out", str(out), *args.split()]
 
 
 def live(argv: list[str], env: dict[str, str], output: str, fault) -> None:
-    """What a process of `start` does: pretrain.py from the command line on, with a `fault`."""
+    """What a process of `Life` does: pretrain.py from the command line on, with a `fault`."""
     os.environ.update(env)
     os.chdir(ROOT)
     sys.argv = argv
@@ -70,33 +68,33 @@ def live(argv: list[str], env: dict[str, str], output: str, fault) -> None:
     pretrain.main()
 
 
-@functools.cache
+@cache
 def forks():
     """Processes that have imported everything begin in milliseconds: this file needs eighty."""
-    context, path = multiprocessing.get_context("forkserver"), os.environ.get("PYTHONPATH")
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_pretrain", "torch._dynamo"])
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    multiprocessing.forkserver.ensure_running()
-    os.environ.pop("PYTHONPATH")
-    if path is not None:
-        os.environ["PYTHONPATH"] = path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        multiprocessing.forkserver.ensure_running()
     return context
 
 
 class Life:
     """pretrain.py in `procs` processes, as torchrun has them, until it ends or is killed."""
 
-    def __init__(self, argv: list[str], output: Path, procs: int, fault):
-        self.output = output
+    def __init__(self, corpus, out, args, preset="mosaic-tiny", procs=1, fault=None):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        self.output = out.with_name(f"{out.name}-{time.time_ns()}.txt")
+        self.output.touch()
+        argv = command(corpus, out, args, preset)
         with socket.socket() as s:
             s.bind(("localhost", 0))
             where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(s.getsockname()[1]),
                      "WORLD_SIZE": str(procs)}
-        output.touch()
         self.processes = []
         for rank in range(procs):
             env = where | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if procs > 1 else {}
-            job = (argv, env, str(output), fault)
+            job = (argv, env, str(self.output), fault)
             self.processes.append(forks().Process(target=live, args=job, daemon=True))
             self.processes[-1].start()
 
@@ -119,27 +117,22 @@ class Life:
         return [p.exitcode for p in self.processes], self.output.read_text()
 
 
-def start(corpus, out, args, preset="mosaic-tiny", procs=1, fault=None) -> Life:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return Life(command(corpus, out, args, preset),
-                out.with_name(f"{out.name}-{time.time_ns()}.txt"), procs, fault)
-
-
 def run(*args, code=0, **kwargs) -> str:
-    codes, output = start(*args, **kwargs).end()
+    codes, output = Life(*args, **kwargs).end()
     assert set(codes) == {code}, (codes, output)
     return output
 
 
 @pytest.fixture
 def here(monkeypatch, capsys):
-    """pretrain.py in this process, so that its parts can be replaced; returns what it printed. One
-    thread, as the processes of `start` have: sums of two differ in the last bit."""
+    """As `run` (or with all of argv), but in this process, so that its parts can be replaced. One
+    thread, as the processes of `run` have: sums of two differ in the last bit."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process keeps its handlers
 
-    def go(argv: list[str]) -> str:
+    def go(*args, **kwargs) -> str:
+        argv = args[0] if isinstance(args[0], list) else command(*args, **kwargs)
         monkeypatch.setattr(sys, "argv", argv)
         capsys.readouterr()
         pretrain.main()
@@ -147,60 +140,39 @@ def here(monkeypatch, capsys):
 
     yield go
     torch.set_num_threads(threads)
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
 
 
 # ------------------------------------------------- faults built into a process
-
-
-def signal_at(name: str, nth: int, signum: int = signal.SIGKILL) -> None:
-    """Send this process a signal before it calls os.<name> for the nth time."""
-    original, calls = getattr(os, name), []
+def die_at(name: str, nth: int) -> None:
+    """Kill this process when it calls the function of this name, os.rename, for the nth time."""
+    module, function = name.split(".")
+    original, calls = getattr(sys.modules[module], function), count(1)
 
     def call(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == nth:
-            os.kill(os.getpid(), signum)
+        if next(calls) == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **kwargs)
 
-    setattr(os, name, call)
+    setattr(sys.modules[module], function, call)
 
 
-def die_in_torch_save(nth: int) -> None:
-    original, calls = torch.save, []
-
-    def save(obj, path):
-        original(obj, path)
-        calls.append(1)
-        if len(calls) == nth:
-            os.truncate(path, path.stat().st_size // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    torch.save = save
-
-
-def spoil_forward(calls: range, signum: int = 0, rank: int = 0) -> None:
-    """In training forwards `calls` (from 1) on `rank`: a signal, or a loss that is not finite."""
+def spoil_forward(nth: int, signum: int = 0, rank: int = 0) -> None:
+    """In the nth training forward (from 1) of `rank`: a signal, or a loss that is not finite."""
     if int(os.environ.get("RANK", 0)) != rank:
         return
-    original, seen = MaskedLM.forward, []
+    original, calls = MaskedLM.forward, count(1)
 
     def forward(self, *args, **kwargs):
         loss, n_correct = original(self, *args, **kwargs)
-        seen.extend([1] * self.training)
-        if self.training and len(seen) in calls and signum:
+        now = self.training and next(calls) == nth
+        if now and signum:
             os.kill(os.getpid(), signum)
-        elif self.training and len(seen) in calls:
-            loss = loss * math.nan
-        return loss, n_correct
+        return loss * math.nan if now and not signum else loss, n_correct
 
     MaskedLM.forward = forward
 
 
 # ------------------------------------------------------------ reading what it wrote
-
-
 def records(folder: Path, kind: str) -> dict[int, dict]:
     """step -> record; the last one of a step counts."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -233,32 +205,19 @@ def assert_finite(checkpoint: Path) -> None:
     assert all(w.isfinite().all() for w in saved.values())
 
 
-def assert_same_checkpoint(a: Path, b: Path) -> None:
-    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
-    states = [torch.load(p / "trainer.pt", weights_only=True) for p in (a, b)]
-    for state in states:
-        state.pop("train_seconds")
-    flat = [torch.utils._pytree.tree_flatten(s)[0] for s in states]
-    assert len(flat[0]) == len(flat[1])
-    for x, y in zip(*flat):
-        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
-
-
 def assert_same_run(a: Path, b: Path) -> None:
     """To the last bit, and nothing is left half-written."""
-    assert_same_checkpoint(find_checkpoints(a)[-1], find_checkpoints(b)[-1])
+    last = [find_checkpoints(run)[-1] for run in (a, b)]
+    model, same = ((path / "model.safetensors").read_bytes() for path in last)
+    assert model == same
+    states = [torch.load(path / "trainer.pt", weights_only=True) for path in last]
+    flat = [torch.utils._pytree.tree_flatten(s | {"train_seconds": 0})[0] for s in states]
+    for x, y in zip(*flat, strict=True):
+        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
     assert torch.equal(losses(a), losses(b)) and not list(b.glob("ckpt/*.tmp"))
 
 
-def one_line(e: pytest.ExceptionInfo) -> str:
-    text = str(e.value.code)
-    assert text.startswith("error: ") and "\n" not in text
-    return text
-
-
 # -------------------------------------------------- corpora and a finished run
-
-
 @pytest.fixture(scope="module")
 def other_corpus(corpus_dir, tmp_path_factory):
     """Other documents, the same tokenizer."""
@@ -288,15 +247,14 @@ def stem(corpus_dir, tmp_path_factory):
 CURVE = f"{FAST} --micro_tokens 128 --max_steps 50 --masking linear:0.1:0.4"
 CURVE += " --eval_every 25 --checkpoint_every 25"
 # muon's bfloat16 makes 1e-3 of 1e-7: at a higher lr the curves part by 4e-5 in 50 steps
-OPTIMIZER = {"mosaic-tiny": "--optimizer adamw --lr 1e-2",
-             "bert-tiny": "--optimizer muon --lr 2e-3"}
+OPTIMIZER = {"mosaic-tiny": "--optimizer adamw --lr 1e-2", "bert-tiny": "--optimizer muon"}
 
 
 @pytest.fixture(scope="module")
 def curve(corpus_dir, tmp_path_factory):
     """preset, processes -> folder of a run of 50 steps, each of four micro-batches."""
 
-    @functools.cache
+    @cache
     def folder(preset: str, procs: int) -> Path:
         out = tmp_path_factory.mktemp(f"{preset}-{procs}")
         run(corpus_dir, out, f"{CURVE} {OPTIMIZER[preset]}", preset=preset, procs=procs)
@@ -306,8 +264,6 @@ def curve(corpus_dir, tmp_path_factory):
 
 
 # ------------------------------------------------------------ schedules
-
-
 @pytest.mark.parametrize(("spec", "mean", "values"), [  # values at 0, 1/4, 1/2 and 1 of the run
     ("constant:0.3", 0.3, [0.3, 0.3, 0.3, 0.3]),
     ("linear:0.3:0.15", 0.225, [0.3, 0.2625, 0.225, 0.15]),
@@ -364,17 +320,10 @@ def test_paper_recipes():
 
 
 # ------------------------------------------------------------ a run
-
-
-def test_a_run_learns_logs_and_leaves_checkpoints_others_can_read(corpus_dir, tmp_path):
+def test_a_run_learns_logs_and_leaves_checkpoints_others_can_read(corpus_dir, tokenizer, tmp_path):
     """From the shell, as a user does it."""
-    flags = f"{FAST} --max_steps 60 --lr 1e-2 --log_every 10 --eval_every 0.05"
-    flags += " --checkpoint_every 0.5"
-    argv = command(corpus_dir, tmp_path, flags)
-    shell = dict(cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-                 text=True, timeout=120)
-    done = subprocess.run([sys.executable, *argv], **shell)
-    assert done.returncode == 0, done.stderr
+    flags = f"{FAST} --max_steps 60 --lr 1e-2 --log_every 10 --eval_every .05 --checkpoint_every .5"
+    done = python(*command(corpus_dir, tmp_path, flags), OMP_NUM_THREADS="1")
     folder = tmp_path / "mosaic-tiny"
     assert "attention: cpu" in done.stdout and "1 × cpu" in done.stdout
     corpus = Corpus(corpus_dir, "train")
@@ -390,28 +339,23 @@ def test_a_run_learns_logs_and_leaves_checkpoints_others_can_read(corpus_dir, tm
     assert train[60]["tokens"] == 60 * 512 and train[60]["masking"] == 0.3
     assert train[60]["mfu"] is None and train[60]["dollars"] == 0
     assert train[60]["gpu_seconds"] == train[60]["train_seconds"] > train[10]["train_seconds"] > 0
-    made = settings(folder)
-    stream = Batches([Corpus(corpus_dir)], Tokenizer.load(corpus_dir), 32, made["micro_tokens"],
-                     "all", made["seed"])
-    a_step = 512 // made["micro_tokens"]
-    windows = sum(stream(m).n_documents for m in range(50 * a_step, 60 * a_step))  # since step 50
+    stream = Batches([corpus], tokenizer, 32, 512, "all", settings(folder)["seed"])
+    windows = sum(stream(m).n_documents for m in range(50, 60))  # since step 50
     assert train[60]["padding_avoided"] == pytest.approx(1 - 10 * 512 / (windows * 32), abs=1e-4)
     speeds = [r["tok_per_s"] for r in train.values()]  # evaluation and saving do not count
     assert min(speeds) <= train[60]["tokens"] / train[60]["train_seconds"] <= max(speeds)
     header = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
-    assert (header["type"] == "header" and header["family"] == "mosaic"
-            and "pretrain.py mosaic-tiny" in header["command"])
+    assert (header["type"], header["family"]) == ("header", "mosaic")
+    assert "pretrain.py mosaic-tiny" in header["command"]
     config = read_json(folder / "config.json")
     assert config["model"]["d_model"] == 32 and config["train"]["lr"] == 1e-2
-    steps = [p.name for p in find_checkpoints(folder)]
-    assert steps == ["step_00000030", "step_00000060"]
-    last = folder / "ckpt" / steps[-1]
+    half, last = find_checkpoints(folder)
+    assert (half.name, last.name) == ("step_00000030", "step_00000060")
     progress = read_json(last / "progress.json")
     assert progress["finished"] and progress["step"] == 60 and progress["tokens"] == 60 * 512
-    assert Tokenizer.load(last).same_as(Tokenizer.load(corpus_dir))
+    assert Tokenizer.load(last).same_as(tokenizer)
     assert weights(folder, 60)["encoder.embeddings.word.weight"].shape == (832, 32)
-    again = run(corpus_dir, tmp_path, flags)
-    assert "is finished" in again
+    assert "is finished" in run(corpus_dir, tmp_path, flags)
     other = run(corpus_dir, tmp_path, f"{FAST} --max_steps 60 --lr 1e-3", code=1)
     assert other.strip().count("\n") == 0 and "lr 0.01 -> 0.001" in other and "--name" in other
 
@@ -472,7 +416,7 @@ def test_a_step_follows_the_gradient_of_the_mean_over_the_whole_batch(
     sgd = lambda cfg, model, _: [(torch.optim.SGD(model.parameters()), cfg.lr)]
     monkeypatch.setattr(pretrain, "make_optimizers", sgd)
     args = f"{FAST} --micro_tokens 128 --max_steps 1 --warmup 0 --lr 0.5 --seed 3 --pppl_tokens 0"
-    here(command(corpus_dir, tmp_path, f"{args} --documents {documents} --grad_clip {clip}"))
+    here(corpus_dir, tmp_path, f"{args} --documents {documents} --grad_clip {clip}")
     folder, tokenizer = tmp_path / "mosaic-tiny", Tokenizer.load(corpus_dir)
     torch.manual_seed(3)
     model = MaskedLM(EncoderConfig(**read_json(folder / "config.json")["model"]))
@@ -494,7 +438,7 @@ def test_a_step_follows_the_gradient_of_the_mean_over_the_whole_batch(
 def test_the_log_has_loss_and_accuracy_of_the_masked_tokens(stem, corpus_dir, tmp_path, here):
     args = f"{SMALL} --micro_tokens 128 --max_steps 2 --lr 0 --seed 3 --log_every 2"
     args += " --optimizer adamw"
-    here(command(corpus_dir, tmp_path, f"{args} --start_from {stem}"))
+    here(corpus_dir, tmp_path, f"{args} --start_from {stem}")
     batches = Batches([Corpus(corpus_dir)], Tokenizer.load(corpus_dir), 32, 128, "all", 3)
     found = loss_and_accuracy(MaskedLM.from_pretrained(stem), batches, 8, 0.3, 3)
     assert found["accuracy"] > 0
@@ -513,14 +457,14 @@ def test_dropout_differs_between_micro_batches_and_seeds_and_autocast_is_on_for_
     monkeypatch.setattr(MaskedLM, "forward", spy)
     for seed in (1, 2):
         args = f"{FAST} --micro_tokens 128 --max_steps 2 --pppl_tokens 0 --dtype bfloat16"
-        here(command(corpus_dir, tmp_path, f"{args} --seed {seed} --name s{seed}"))
+        here(corpus_dir, tmp_path, f"{args} --seed {seed} --name s{seed}")
     assert len({*seeds}) == len(seeds) == 16 and dtypes == {torch.bfloat16}
 
 
 def test_time_of_evaluation_is_not_training_time(corpus_dir, tmp_path, monkeypatch, here):
     original = pretrain.one_mask_each
     monkeypatch.setattr(pretrain, "one_mask_each", lambda *a: time.sleep(1) or original(*a))
-    here(command(corpus_dir, tmp_path, f"{FAST} --max_steps 8 --eval_every 2 --checkpoint_every 8"))
+    here(corpus_dir, tmp_path, f"{FAST} --max_steps 8 --eval_every 2 --checkpoint_every 8")
     train = records(tmp_path / "mosaic-tiny", "train")
     assert train[8]["train_seconds"] - train[2]["train_seconds"] < 1, "with three evaluations"
 
@@ -536,8 +480,6 @@ def test_a_time_budget_is_kept_and_the_schedule_follows_the_clock(corpus_dir, tm
 
 
 # ------------------------------------------------------------ one global batch
-
-
 @pytest.mark.parametrize(("preset", "procs"), [("mosaic-tiny", 2), ("mosaic-tiny", 4),
                                                ("bert-tiny", 2)])
 def test_the_loss_curve_does_not_depend_on_processes_or_accumulation(curve, preset, procs):
@@ -577,27 +519,23 @@ def test_a_rank_that_is_killed_ends_the_job_and_torchrun_says_why(corpus_dir, tm
     script = tmp_path / "with_a_fault.py"
     script.write_text(f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
                       "import pretrain, test_pretrain\n"
-                      "test_pretrain.spoil_forward(range(30, 31), 9, rank=1)\npretrain.main()\n")
+                      "test_pretrain.spoil_forward(30, 9, rank=1)\npretrain.main()\n")
     argv = command(corpus_dir, tmp_path, f"{CURVE} --checkpoint_every 5")
-    began = time.monotonic()
     process = torchrun(script, argv, "--standalone", "--nproc_per_node", "2")
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode != 0 and time.monotonic() - began < 60
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode != 0
     assert "SIGKILL" in output and "rank      : 1" in output
     kept = find_checkpoints(tmp_path / "mosaic-tiny")
     assert [p.name for p in kept] == ["step_00000005", "step_00000010"]
 
 
 # ------------------------------------------------------------ nothing lost
-
-
 def test_resume_is_bit_exact_after_sigkill(corpus_dir, tmp_path):
-    """Killed within a step, the optimizer's state on disk, an fsync, and before the rename."""
+    """Killed before the trainer's state is written, an fsync, within a step, and at the rename."""
     args = f"{FAST} --max_steps 40 --lr 1e-2 --checkpoint_every 5 --eval_every 10 --optimizer muon"
     run(corpus_dir, tmp_path / "whole", args)
-    deaths = [functools.partial(die_in_torch_save, 2), functools.partial(signal_at, "fsync", 9),
-              functools.partial(spoil_forward, range(8, 9), signal.SIGKILL),
-              functools.partial(signal_at, "rename", 3)]
+    deaths = [partial(die_at, "torch.save", 2), partial(die_at, "os.fsync", 9),
+              partial(spoil_forward, 8, signal.SIGKILL), partial(die_at, "os.rename", 3)]
     said = [run(corpus_dir, tmp_path / "killed", args, fault=fault, code=-9) for fault in deaths]
     last = run(corpus_dir, tmp_path / "killed", args)
     assert "continuing at step" not in said[0] and "continuing at step 20" in last
@@ -609,17 +547,14 @@ def test_resume_is_bit_exact_after_sigkill(corpus_dir, tmp_path):
 def test_resume_is_bit_exact_after_twenty_kills_at_random_moments(corpus_dir, tmp_path):
     args = f"{FAST} --max_steps 400 --lr 1e-2 --checkpoint_every 2 --eval_every 10 --optimizer muon"
     run(corpus_dir, tmp_path / "whole", args)
-    moments, kills, steps = random.Random(0), 0, []
-    while kills < 20:
-        life = start(corpus_dir, tmp_path / "killed", args)
+    moments = random.Random(0)
+    for _ in range(20):
+        life = Life(corpus_dir, tmp_path / "killed", args)
         life.wait_for("saved")
         time.sleep(moments.uniform(0.0, 0.1))  # steps, evaluation, the next checkpoints
         life.send(signal.SIGKILL)
         codes, output = life.end()
         assert codes == [-signal.SIGKILL], f"too short to be killed 20 times: {output}"
-        kills += 1
-        steps.append(int(find_checkpoints(tmp_path / "killed/mosaic-tiny")[-1].name[5:]))
-    print(f"killed after the checkpoints of steps {steps}")
     run(corpus_dir, tmp_path / "killed", args)
     assert_same_run(tmp_path / "whole/mosaic-tiny", tmp_path / "killed/mosaic-tiny")
 
@@ -627,7 +562,7 @@ def test_resume_is_bit_exact_after_twenty_kills_at_random_moments(corpus_dir, tm
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_sigterm_saves_exits_0_and_the_same_command_continues(corpus_dir, tmp_path, signum):
     args = f"{FAST} --max_steps 400 --checkpoint_every {NEVER}"
-    life = start(corpus_dir, tmp_path, args)
+    life = Life(corpus_dir, tmp_path, args)
     life.wait_for("validation")
     life.send(signum)
     codes, output = life.end()
@@ -643,14 +578,14 @@ def test_a_run_goes_on_with_another_number_of_processes(corpus_dir, tmp_path):
     args = f"{FAST} --micro_tokens 256 --lr 1e-2 --max_steps 24 --checkpoint_every 8"
     run(corpus_dir, tmp_path / "one", args)
     folder = tmp_path / "two/mosaic-tiny"
-    stop = functools.partial(spoil_forward, range(8, 9), signal.SIGTERM)
+    stop = partial(spoil_forward, 8, signal.SIGTERM)
     run(corpus_dir, tmp_path / "two", args, procs=2, fault=stop)
     first = read_json(find_checkpoints(folder)[-1] / "progress.json")
     assert first["step"] == 8
     assert first["gpu_seconds"] == pytest.approx(2 * first["train_seconds"], abs=0.01)
     run(corpus_dir, tmp_path / "two", args)
     assert_same_curve(folder, tmp_path / "one/mosaic-tiny")
-    last = json.loads((folder / "ckpt/step_00000024/progress.json").read_text())
+    last = read_json(folder / "ckpt/step_00000024/progress.json")
     alone = last["train_seconds"] - first["train_seconds"]
     assert last["gpu_seconds"] == pytest.approx(first["gpu_seconds"] + alone, abs=0.01)
     assert last["dollars"] == 0
@@ -670,20 +605,16 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(corpus_dir, tmp_path, room):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
-        with pytest.raises(SystemExit,
-                           match=r"error: could not write .*step_00000002 .*earlier") as e:
+        with refused("could not write ", "step_00000002 ", "earlier checkpoints are untouched"):
             state.save(start, {"step": 2})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "\n" not in str(e.value)
     assert list((tmp_path / "ckpt").iterdir()) == [earlier]
 
 
-@pytest.mark.parametrize("log_every", [1, 20])
-def test_an_exploding_loss_leaves_no_bad_checkpoint(corpus_dir, tmp_path, log_every):
+def test_an_exploding_loss_leaves_no_bad_checkpoint(corpus_dir, tmp_path):
     args = f"{FAST} --max_steps 50 --lr 1e30 --warmup 0.5 --checkpoint_every 1 --eval_every 50"
-    args += f" --log_every {log_every}"
-    output = run(corpus_dir, tmp_path, args, code=1)
+    output = run(corpus_dir, tmp_path, f"{args} --log_every 20", code=1)
     assert "Traceback" not in output and ("error: the loss " in output
                                           or "error: the weights are not" in output)
     kept = find_checkpoints(tmp_path / "mosaic-tiny")
@@ -702,15 +633,11 @@ def test_a_run_that_never_saved_may_start_again_with_other_settings(corpus_dir, 
     assert [p.name for p in (folder / "ckpt").iterdir()] and not list(folder.glob("ckpt/*.tmp"))
 
 
-# -------------------------------------------------- losses that are not finite
-
-NAN = f"{FAST} --max_steps 30 --lr 1e-2 --eval_every 30"
-
-
 @pytest.mark.parametrize("log_every", [1, 5])
 def test_a_loss_that_is_not_finite_ends_the_run(corpus_dir, tmp_path, log_every):
-    fault = functools.partial(spoil_forward, range(15, 16), rank=1)
-    args = f"{NAN} --micro_tokens 256 --checkpoint_every 2 --log_every {log_every}"
+    args = f"{FAST} --max_steps 30 --lr 1e-2 --eval_every 30 --micro_tokens 256"
+    args += f" --checkpoint_every 2 --log_every {log_every}"
+    fault = partial(spoil_forward, 15, rank=1)
     output = run(corpus_dir, tmp_path, args, procs=2, fault=fault, code=1)
     (last,) = (line for line in output.splitlines() if line.startswith("error"))
     assert f"the loss is nan in steps {16 - log_every} to 15; " in last and "step_00000014" in last
@@ -719,14 +646,15 @@ def test_a_loss_that_is_not_finite_ends_the_run(corpus_dir, tmp_path, log_every)
     assert_finite(kept[-1])
 
 
+# ------------------------------------------------------------ torch.compile
 @pytest.mark.parametrize("preset", ["mosaic-tiny", "bert-tiny"])
 def test_training_and_evaluation_compile_once(corpus_dir, tmp_path, monkeypatch, here, preset):
     """Though numbers of documents, of masked tokens and, in evaluation, of tokens vary."""
     counter = CompileCounter()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     args = f"{FAST} --micro_tokens 256 --max_steps 4 --eval_every 2 --compile on --eval_tokens 256"
     torch._dynamo.reset()
-    here(command(corpus_dir, tmp_path, args, preset))
+    here(corpus_dir, tmp_path, args, preset)
     assert counter.frame_count == 2
 
 
@@ -744,8 +672,6 @@ def test_two_compiled_processes_have_the_curve_of_eager_ones(corpus_dir, tmp_pat
 
 
 # ------------------------------------------------------------ cool-down branches
-
-
 def branch(stem: Path, step: int, *args: str) -> list[str]:
     return ["pretrain.py", "nano-tiny", "--cooldown_from", str(stem / f"ckpt/step_{step:08d}"),
             *args]
@@ -756,10 +682,9 @@ def test_a_branch_where_the_cooldown_begins_ends_with_the_weights_of_the_run_its
     said = here(branch(stem, 40))
     folder = stem.with_name("nano-tiny-cooldown-40")
     assert "annealing" in said and "step_00000040" in said
-    ours, theirs = weights(folder, 50), weights(stem, 50)
-    assert any(not torch.equal(theirs[k], w) for k, w in weights(stem, 40).items())
-    for k in theirs:
-        torch.testing.assert_close(ours[k], theirs[k], atol=1e-6, rtol=0)
+    before, theirs = weights(stem, 40), weights(stem, 50)
+    assert not all(torch.equal(w, before[k]) for k, w in theirs.items())
+    torch.testing.assert_close(weights(folder, 50), theirs, atol=1e-6, rtol=0)
     a, b = records(folder, "train"), records(stem, "train")
     assert min(a) == 41 and max(a) == 50
     for step in a:
@@ -782,19 +707,17 @@ def as_660131b_named_them(path: Path) -> None:
     torch.save(saved | {"changed_at": None, "skipped": (0, 0)}, path)
 
 
-def test_a_killed_branch_continues_to_the_same_bits(stem, tmp_path):
-    args = "--out", str(tmp_path), "--checkpoint_every", "2", "--eval_every", "10"
-    kill = functools.partial(spoil_forward, range(8, 9), signal.SIGKILL)
-    stop = functools.partial(spoil_forward, range(6, 7), signal.SIGTERM)
+def test_a_killed_branch_continues_to_the_same_bits(stem, corpus_dir, tmp_path):
+    args = f"--cooldown_from {stem}/ckpt/step_00000040 --checkpoint_every 2 --eval_every 10 --name"
+    kill = partial(spoil_forward, 8, signal.SIGKILL)
+    stop = partial(spoil_forward, 6, signal.SIGTERM)
     faults = {"whole": [], "stopped": [(stop, 0)],
-              "killed": [(functools.partial(signal_at, "rename", 2), -9), (kill, -9)]}
+              "killed": [(partial(die_at, "os.rename", 2), -9), (kill, -9)]}
     for name, lives in faults.items():
-        argv = branch(stem, 40, "--name", name, *args)
         for fault, code in [*lives, (None, 0)]:
             if name == "stopped" and not fault:
                 as_660131b_named_them(find_checkpoints(tmp_path / name)[-1] / "trainer.pt")
-            codes, output = Life(argv, tmp_path / f"{time.time_ns()}.txt", 1, fault).end()
-            assert codes == [code], output
+            output = run(corpus_dir, tmp_path, f"{args} {name}", "nano-tiny", 1, fault, code=code)
         assert ("continuing at step" in output) == bool(lives)
         assert_same_run(tmp_path / "whole", tmp_path / name)
 
@@ -838,35 +761,26 @@ def test_a_branch_goes_on_from_where_a_run_with_a_time_budget_or_another_branch_
 def test_a_branch_that_cannot_be_is_one_line(stem, foreign_corpus, tmp_path, here, args, message):
     args = args.replace("STEM", str(stem / "ckpt/step_00000040"))
     args = args.replace("FOREIGN", str(foreign_corpus)).split()
-    with pytest.raises(SystemExit) as e:
+    with refused(message):
         here(["pretrain.py", args[0], "--out", str(tmp_path / "runs"), *args[1:]])
-    assert message in one_line(e)
     assert not (tmp_path / "runs").exists()
 
 
 # ------------------------------------------------------------ mixtures
-
-
 def test_a_mixture_is_drawn_by_its_shares_and_other_shares_are_another_run(
         corpus_dir, other_corpus, tmp_path, monkeypatch, here):
-    original, seen = pretrain.mask_tokens, set()
-    monkeypatch.setattr(pretrain, "mask_tokens", lambda batch, *rest: (
-        seen.add(tuple(batch.input_ids.tolist())), original(batch, *rest))[1])
-
-    def go(a, b):
-        data = ["--data", f"{corpus_dir}:{a}", "--data", f"{other_corpus}:{b}"]
-        args = f"{FAST} --micro_tokens 256 --max_steps 2 --out {tmp_path}".split()
-        return here(["pretrain.py", "mosaic-tiny", *data, *args])
-
+    monkeypatch.setattr(pretrain, "mask_tokens", masked := Mock(wraps=pretrain.mask_tokens))
+    args = f"{FAST} --micro_tokens 256 --max_steps 2 --data"
+    go = lambda a, b: here(f"{corpus_dir}:{a}", tmp_path, f"{args} {other_corpus}:{b}")
     go(0.8, 0.2)
+    seen = {tuple(call.args[0].input_ids.tolist()) for call in masked.call_args_list}
     for split, documents, seed in (("train", "all", 17), ("val", "all", 0)):
         corpora = [Corpus(folder, split) for folder in (corpus_dir, other_corpus)]
         how = Tokenizer.load(corpus_dir), 32, 256 if seed else 512, documents, seed, [0.8, 0.2]
         assert tuple(Batches(corpora, *how)(0).input_ids.tolist()) in seen, split
     assert "is finished" in go(0.8, 0.2)
-    with pytest.raises(SystemExit) as e:
+    with refused("other settings", "shares"):
         go(0.6, 0.4)
-    assert "other settings" in one_line(e) and "shares" in one_line(e)
 
 
 @pytest.mark.parametrize("data", [("a:0.7", "b"), ("a:0", "b:0"), ("a:0.0001", "b:1"),
@@ -883,8 +797,6 @@ def test_shares_are_read_as_written():
 
 
 # ------------------------------------------------------------ evaluation
-
-
 def held_out(corpus_dir: Path, micro_tokens: int) -> Batches:
     corpus, tokenizer = Corpus(corpus_dir, "val"), Tokenizer.load(corpus_dir)
     return Batches([corpus], tokenizer, 32, micro_tokens, "all", 0)
@@ -928,19 +840,13 @@ def test_evaluation_is_the_same_whatever_the_training_settings(stem, corpus_dir,
 
 
 # ------------------------------------------------------------ weights from elsewhere
-
-
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory) -> Path:
     """A BERT as transformers saves it, with a WordPiece vocabulary: 640 rows for 600 tokens."""
-    import tokenizers
     from transformers import BertConfig, BertForMaskedLM
 
     folder = tmp_path_factory.mktemp("bert")
-    wordpiece = tokenizers.BertWordPieceTokenizer(lowercase=True)
-    wordpiece.train_from_iterator(some_documents(400), vocab_size=600, show_progress=False)
-    assert wordpiece.get_vocab_size() == 600
-    wordpiece.save(str(folder / "tokenizer.json"))
+    wordpiece(folder / "tokenizer.json", some_documents(400), 600)
     torch.manual_seed(0)
     shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     BertForMaskedLM(BertConfig(vocab_size=640, max_position_embeddings=64,
@@ -968,14 +874,13 @@ def test_pretraining_goes_on_from_a_bert_saved_by_transformers(bert, bert_corpus
     assert found[8]["loss"] < found[1]["loss"]
     assert Tokenizer.load(folder / "ckpt/step_00000008").same_as(Tokenizer.load(bert_corpus))
     run(bert_corpus, tmp_path / "killed", args, "bert-tiny",
-        fault=functools.partial(signal_at, "rename", 2), code=-9)
+        fault=partial(die_at, "os.rename", 2), code=-9)
     assert "continuing at step 4" in run(bert_corpus, tmp_path / "killed", args, "bert-tiny")
     assert_same_run(tmp_path / "whole/bert-tiny", tmp_path / "killed/bert-tiny")
     stem = folder / "ckpt/step_00000004"  # a branch of such a run keeps the shape that was brought
     here(["pretrain.py", "bert-tiny", "--cooldown_from", str(stem), "--cooldown", "0.5"])
-    last = tmp_path / "whole/bert-tiny-cooldown-4/ckpt/step_00000008"
-    words = load_file(last / "model.safetensors")["encoder.embeddings.word.weight"]
-    assert words.shape == (640, 32)
+    brought = weights(tmp_path / "whole/bert-tiny-cooldown-4", 8)
+    assert brought["encoder.embeddings.word.weight"].shape == (640, 32)
 
 
 @pytest.fixture
@@ -1001,9 +906,8 @@ def test_weights_that_do_not_fit_the_data_are_one_line(request, corpus_dir, fore
     made = weights_of in ("stem", "bert", "official")
     source = request.getfixturevalue(weights_of) if made else weights_of
     folder = {"own": corpus_dir, "foreign": foreign_corpus, "bert": bert_corpus}[data]
-    with pytest.raises(SystemExit) as e:
-        here(command(folder, tmp_path / "runs", f"{START} --start_from {source} {more}"))
-    assert message in one_line(e) and (more or str(source) in one_line(e))
+    with refused(message, "" if more else str(source)):
+        here(folder, tmp_path / "runs", f"{START} --start_from {source} {more}")
     assert not (tmp_path / "runs").exists()
 
 
@@ -1017,26 +921,23 @@ def test_a_run_knows_the_weights_it_began_from(stem, corpus_dir, tmp_path, here)
     progress = tmp_path / "first/ckpt/step_00000050/progress.json"
     again = progress.read_text().replace('"train_seconds": ', '"train_seconds": 1')
     progress.write_text(again)  # trained anew
-    with pytest.raises(SystemExit) as e:
+    with refused("the run began from other weights than"):
         here(argv)
-    assert "the run began from other weights than" in one_line(e)
     for file in progress.parent.iterdir():
         file.unlink()
-    with pytest.raises(SystemExit) as e:
+    with refused("step_00000050 has no weights"):
         here(argv)
-    assert "step_00000050 has no weights" in one_line(e)
 
 
 def test_weights_from_elsewhere_go_with_another_way_to_train_them(stem, corpus_dir, tmp_path, here):
     more = "--model.output_dropout 0.25 --model.activation_checkpointing"
     args = f"{SMALL} --max_steps 2 --start_from {stem} {more}"
-    assert "saved" in here(command(corpus_dir, tmp_path, args))
+    assert "saved" in here(corpus_dir, tmp_path, args)
     brought, now = settings(stem)["model"], settings(tmp_path / "mosaic-tiny")["model"]
     assert now == brought | {"output_dropout": 0.25, "activation_checkpointing": True}
-    assert "is finished" in here(command(corpus_dir, tmp_path, args))
-    with pytest.raises(SystemExit) as e:
-        here(command(corpus_dir, tmp_path, args.replace("0.25", "0.5")))
-    assert "other settings (model.output_dropout 0.25 -> 0.5)" in one_line(e)
+    assert "is finished" in here(corpus_dir, tmp_path, args)
+    with refused("other settings (model.output_dropout 0.25 -> 0.5)"):
+        here(corpus_dir, tmp_path, args.replace("0.25", "0.5"))
 
 
 GONE = {"grad_reduce": "float32", "skip_nan": False, "ramp_from": 0, "ramp_tokens": 0}
@@ -1053,16 +954,14 @@ def test_a_run_of_an_earlier_version_goes_on(stem, corpus_dir, tmp_path, here):
     of_meta = hashlib.sha256((corpus_dir / "meta.json").read_bytes()).hexdigest()[:16]
     facts["train"] |= GONE | {"mixture": MIXTURE, "corpus": [of_meta]}
     config.write_text(json.dumps(facts))
-    assert "is finished" in here(command(corpus_dir, tmp_path, STEM, preset="nano-tiny"))
+    assert "is finished" in here(corpus_dir, tmp_path, STEM, preset="nano-tiny")
     assert "annealing" in here(branch(tmp_path / "nano-tiny", 40, "--name", "of-it"))
-    with pytest.raises(SystemExit) as e:
-        here(command(corpus_dir, tmp_path, f"{STEM} --grad_clip 1", preset="nano-tiny"))
-    assert "grad_clip 0.0 -> 1.0" in one_line(e)
+    with refused("grad_clip 0.0 -> 1.0"):
+        here(corpus_dir, tmp_path, f"{STEM} --grad_clip 1", preset="nano-tiny")
     facts["train"]["corpus"] = ["0123456789abcdef"]
     config.write_text(json.dumps(facts))
-    with pytest.raises(SystemExit) as e:
+    with refused("not the corpus"):
         here(branch(tmp_path / "nano-tiny", 40, "--name", "of-a-corpus-prepared-anew"))
-    assert "not the corpus" in one_line(e)
     assert not (tmp_path / "of-a-corpus-prepared-anew").exists()
 
 
@@ -1087,28 +986,25 @@ def test_where_folders_lie_and_what_they_are_called_is_no_part_of_a_run(
     (tmp_path / "link").symlink_to(tmp_path / "copy")
     monkeypatch.chdir(tmp_path)
     args = f"{STEM} --name renamed"
-    with pytest.raises(SystemExit) as e:
-        here(command(other_corpus, "moved", args, preset="nano-tiny"))
-    assert "other settings (corpus)" in one_line(e)
-    assert "continuing at step 40" in here(command("./link", "moved", args, preset="nano-tiny"))
+    with refused("other settings (corpus)"):
+        here(other_corpus, "moved", args, preset="nano-tiny")
+    assert "continuing at step 40" in here("./link", "moved", args, preset="nano-tiny")
     assert_same_run(stem, tmp_path / "moved/renamed")
     begun = f"{START} --name begun --start_from"
-    here(command("copy", "runs", f"{begun} moved/renamed"))
+    here("copy", "runs", f"{begun} moved/renamed")
     (tmp_path / "moved").rename(tmp_path / "again")
     for place in ("again/renamed", "./again/renamed/ckpt/step_00000050", "moved/renamed"):
-        assert "is finished" in here(command("copy", "runs", f"{begun} {place}"))
-    with pytest.raises(SystemExit) as e:
-        here(command("copy", "runs", f"{begun} again/renamed/ckpt/step_00000030"))
-    assert "the run began from other weights than" in one_line(e)
-    with pytest.raises(SystemExit) as e:
-        here(command("copy", "runs", begun.replace("--start_from", "")))
-    assert "began_from, start_from" in one_line(e)
+        assert "is finished" in here("copy", "runs", f"{begun} {place}")
+    with refused("the run began from other weights than"):
+        here("copy", "runs", f"{begun} again/renamed/ckpt/step_00000030")
+    with refused("began_from, start_from"):
+        here("copy", "runs", begun.replace("--start_from", ""))
 
 
 @pytest.mark.parametrize("procs", [1, 2])
 def test_one_run_owns_its_folder_while_it_lives(corpus_dir, tmp_path, procs):
     args = f"{FAST} --max_steps 100000 --checkpoint_every {NEVER} --eval_every {NEVER}"
-    first = start(corpus_dir, tmp_path / "x", args)
+    first = Life(corpus_dir, tmp_path / "x", args)
     first.wait_for("step 10 ")
     config = (tmp_path / "x/mosaic-tiny/config.json").read_bytes()
     second = f"{FAST} --micro_tokens 256 --max_steps 3"
@@ -1126,23 +1022,19 @@ def test_one_run_owns_its_folder_while_it_lives(corpus_dir, tmp_path, procs):
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
         corpus_dir, tmp_path, monkeypatch, here):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit) as e:
-        here(command(corpus_dir, tmp_path / "file", f"{FAST} --max_steps 2"))
-    assert "cannot write to" in one_line(e) and "another --out" in one_line(e)
+    with refused("cannot write to", "another --out"):
+        here(corpus_dir, tmp_path / "file", f"{FAST} --max_steps 2")
     (tmp_path / "runs/mosaic-tiny/ckpt").mkdir(parents=True)
     monkeypatch.setattr(os, "access", lambda path, mode: path.name != "ckpt")  # root may write it
-    with pytest.raises(SystemExit) as e:
-        here(command(corpus_dir, tmp_path / "runs", f"{FAST} --max_steps 2"))
-    assert "Permission denied" in one_line(e)
+    with refused("Permission denied"):
+        here(corpus_dir, tmp_path / "runs", f"{FAST} --max_steps 2")
     assert not (tmp_path / "runs/mosaic-tiny/log.jsonl").exists()
 
 
 # ------------------------------------------------------------ Weights & Biases
-
 def test_wandb_receives_the_numbers_of_the_log(corpus_dir, tmp_path, monkeypatch, here):
     monkeypatch.setitem(sys.modules, "wandb", wandb := Mock())
-    here(command(corpus_dir, tmp_path,
-                 f"{FAST} --max_steps 6 --eval_every 3 --checkpoint_every 3 --wandb"))
+    here(corpus_dir, tmp_path, f"{FAST} --max_steps 6 --eval_every 3 --checkpoint_every 3 --wandb")
     begun, board = wandb.init.call_args.kwargs, wandb.init.return_value
     assert begun["config"]["train"]["max_steps"] == 6 and begun["resume"] == "allow"
     board.finish.assert_called_once_with()
@@ -1156,8 +1048,6 @@ def test_wandb_receives_the_numbers_of_the_log(corpus_dir, tmp_path, monkeypatch
 
 
 # ----------------------------------------------------- no waits for the device
-
-
 RECIPES = ["--optimizer adamw", "--optimizer muon --masking linear:0.3:0.15 --grad_clip 1"]
 
 
@@ -1188,7 +1078,7 @@ def test_steps_add_no_wait_for_the_device(corpus_dir, tmp_path, here, recipe):
         quiet += " --model.attention padded"  # the CPU backend reads the documents' lengths
         args = f"{quiet} --checkpoint_every {NEVER} {recipe} --max_steps {steps} {more}"
         with CountWaits() as counts[steps, more]:
-            here(command(corpus_dir, tmp_path / f"{steps}{more}", args))
+            here(corpus_dir, tmp_path / f"{steps}{more}", args)
     few, twice, deeper = counts.values()
     assert twice.calls > few.calls + 6 * 100, "the steps are seen"
     assert few.waits == twice.waits == deeper.waits > 0
@@ -1214,14 +1104,12 @@ def test_no_step_waits_for_the_gpu(corpus_dir, tmp_path, monkeypatch, here, reci
     args += f" --micro_tokens {micro_tokens} --batch_tokens {4 * micro_tokens} --compile {compile}"
     args += f" --max_steps 20 --log_every {NEVER} --eval_every {NEVER} --checkpoint_every {NEVER}"
     try:
-        here(command(corpus_dir, tmp_path, f"{args} {recipe}"))
+        here(corpus_dir, tmp_path, f"{args} {recipe}")
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 # ---------------------------------------------------- bad input: one line each
-
-
 @pytest.mark.parametrize(("preset", "args", "message"), [
     ("mosaic-tiny", "--seq_len 2", "--seq_len 2: [CLS], a token and [SEP]"),
     ("mosaic-tiny", "--batch_tokens 1000", "not a multiple of --micro_tokens"),
@@ -1237,7 +1125,6 @@ def test_no_step_waits_for_the_gpu(corpus_dir, tmp_path, monkeypatch, here, reci
     ("mosaic-tiny", "--data no/such/folder:0.5", "error: no/such/folder holds"),
     ("mosaic-tiny", "--data=", "holds no meta.json"),
     ("mosaic-tiny", "--data OWN --data FOREIGN", "have different tokenizers; prepare all but"),
-    ("mosaic-tiny", "--model.attention triton --model.attention_dropout .1", "at auto"),
     ("mosaic-tiny", "--cooldown 1.0", "--cooldown 1.0 are shares of one run"),
     ("mosaic-tiny", "--warmup 0.9 --cooldown 0.2", "are shares of one run"),
     ("mosaic-tiny", "--eval_every 0", "--eval_every 0: too low"),
@@ -1250,7 +1137,6 @@ def test_bad_settings_are_one_line_and_leave_nothing(
         pytest.skip("this machine has a CUDA device")
     args += " --data OWN" * ("--data" not in args)
     args = args.replace("OWN", str(corpus_dir)).replace("FOREIGN", str(foreign_corpus))
-    with pytest.raises(SystemExit) as e:
+    with refused(message):
         here(["pretrain.py", preset, "--out", str(tmp_path / "runs"), *args.split()])
-    assert message in one_line(e)
     assert not (tmp_path / "runs").exists()
