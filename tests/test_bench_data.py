@@ -42,10 +42,3 @@ def test_the_comparison_sees_one_wrong_id(tmp_path):
     encoded[7][0] -= 1
     del encoded[7]
     assert not same()
-
-
-def test_an_unusable_corpus_is_one_line(tmp_path):
-    few = write_jsonl(tmp_path / "few.jsonl", ["a b"])
-    for source, message in ((tmp_path / "none.jsonl", "does not exist"), (few, "too small")):
-        with pytest.raises(ValueError, match=rf"^[^\n]*{message}[^\n]*$"):
-            bench_data.run(bench_data.Config(source=str(source)))

@@ -82,11 +82,6 @@ def test_a_contender_that_fails_is_listed_with_its_reason(monkeypatch, tmp_path)
     assert failed == {f"theirs, {family}": reason for family in ("mosaic", "bert")}
 
 
-def test_a_missing_corpus_is_refused_in_one_line(tmp_path):
-    with pytest.raises(ValueError, match="nowhere"):
-        run(Config(**TINY, data=str(tmp_path / "nowhere")))
-
-
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(monkeypatch, tmp_path):
     monkeypatch.setattr(bench_step, "compare", lambda *_: pytest.fail("it was measured"))
     (tmp_path / "file").touch()

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, python, refused
 
 pytest.importorskip("triton", reason="triton is not installed here")
 if not shutil.which("g++"):
@@ -17,8 +18,6 @@ if not shutil.which("g++"):
 
 import plots
 from bench.dryrun import main
-
-ROOT = Path(__file__).parents[1]
 
 # in each micro-batch a wait and a copy from memory that is not pinned; then an index by a mask
 PLANTS = """
@@ -34,23 +33,20 @@ pretrain.mask_tokens = planted
 """
 
 
-def dry_run(out: Path, *arguments: str, plants: str = ""):
-    """The report and the finished process."""
-    code = f"{plants}\nfrom bench.dryrun import main\nmain({[*arguments, '--out', str(out)]})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    return json.loads(out.read_text()) if out.exists() else {}, done
+def dry_run(out: Path, *arguments: str, **how) -> dict:
+    """The report."""
+    python("-m", "bench.dryrun", *arguments, "--out", out, **how)
+    return json.loads(out.read_text())
 
 
 @pytest.mark.parametrize("preset", ["mosaic-base", "bert-base"])
 def test_a_step_waits_for_nothing_and_every_operation_has_a_kernel(preset, tmp_path):
-    result, done = dry_run(tmp_path / "out.json", preset, "--layers", "2")
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = dry_run(tmp_path / "out.json", preset, "--layers", "2")
     assert result["unexpected"] == []
     assert result["waits"] == {"log": 2, "evaluation": 2, "checkpoint": 2}
     rows = {(row["phase"], row["kernel"]): row for row in result["kernels"]}
     adamw = rows["optimizer", "_fused_adamw_"]["gb"]  # a micro-batch's eighth of 32 bytes a weight
     assert result["fixed_gb"] == pytest.approx(8 * adamw / 2, rel=0.01)
-    assert rows["optimizer", "_fused_adamw_"]["gb"] > 0
     if preset == "mosaic-base":  # of a micro-batch: 2 layers, forward and backward
         assert rows["forward", "_attn_one_tile"]["launches"] == 2
         assert rows["backward", "_attn_one_tile"]["launches"] == 2
@@ -66,8 +62,9 @@ def test_a_step_waits_for_nothing_and_every_operation_has_a_kernel(preset, tmp_p
 
 
 def test_planted_waits_and_copies_are_found(tmp_path):
-    _, done = dry_run(tmp_path / "out.json", "mosaic-base", "--layers", "1", plants=PLANTS)
-    assert done.returncode == 1
+    planted = f"{PLANTS}\nfrom bench.dryrun import main\nmain()"
+    arguments = "mosaic-base", "--layers", "1", "--out", tmp_path / "out.json"
+    done = python("-c", planted, *arguments, code=1)
     for what in ("wait (item)", "wait (index)", "blocking copy"):
         assert f"masking: {what} at" in done.stderr, done.stderr
 
@@ -76,8 +73,7 @@ def test_planted_waits_and_copies_are_found(tmp_path):
 @pytest.mark.parametrize("preset", ["mosaic-base", "bert-base"])
 def test_compiled_in_two_graphs_without_breaks(preset, tmp_path):
     """One for training and one for evaluation, whatever the lengths of the documents."""
-    result, done = dry_run(tmp_path / "out.json", preset, "--layers", "2", "--compile")
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = dry_run(tmp_path / "out.json", preset, "--layers", "2", "--compile")
     assert (result["graphs"], result["graph_breaks"], result["unexpected"]) == (2, 0, [])
     assert any("triton_" in row["kernel"] for row in result["kernels"])
 
@@ -98,11 +94,8 @@ def oldest_torch(tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_the_oldest_torch_compiles_it_too(oldest_torch, tmp_path):
     """Not bert-base: PyTorch's attention in a CUDA build asks for a driver."""
-    command = [oldest_torch, "-m", "bench.dryrun", "mosaic-base", "--layers", "2", "--compile"]
-    command += ["--out", tmp_path / "out.json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads((tmp_path / "out.json").read_text())
+    how = "mosaic-base", "--layers", "2", "--compile"
+    result = dry_run(tmp_path / "out.json", *how, exe=oldest_torch)
     assert (result["graphs"], result["graph_breaks"], result["unexpected"]) == (2, 0, [])
 
 
@@ -135,7 +128,9 @@ def test_the_figure_knows_the_kernels_by_part(tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("arguments", [["mosaic-base", "--chip", "H900"], ["mosaic-huge"]])
-def test_what_is_not_known_gets_one_line(arguments):
-    with pytest.raises(SystemExit, match=r"^error: --(chip H900|preset mosaic-huge): choose .*$"):
+@pytest.mark.parametrize(("arguments", "what"), [
+    (["mosaic-base", "--chip", "H900"], "--chip H900: choose "),
+    (["mosaic-huge"], "--preset mosaic-huge: choose ")])
+def test_what_is_not_known_gets_one_line(arguments, what):
+    with refused(what):
         main(arguments)

@@ -1,12 +1,10 @@
 """machine.py: command lines as every script reads them."""
 
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import tyro
+from conftest import python, refused
 
 from machine import read_command_line, script
 
@@ -47,12 +45,11 @@ def test_what_the_user_can_mend_is_one_line():
 
     main = script(run, Config)
     assert main(["x"]) == 1.0
-    with pytest.raises(SystemExit, match=r"^error: x is$"):
+    with refused("error: x is"):
         main(["x", "--quick"])
 
 
 @pytest.mark.parametrize("file", ["pretrain.py bert-tiny", "plots.py loss runs"])
 def test_scripts_that_read_their_command_line_themselves_refuse_so_too(file):
-    words = [sys.executable, *file.split(), "--no_such_flag"]
-    ended = subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert ended.returncode == 2 and not ended.stdout and "--no_such_flag" in ended.stderr
+    ended = python(*file.split(), "--no_such_flag", code=2)
+    assert not ended.stdout and "--no_such_flag" in ended.stderr
