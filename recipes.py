@@ -150,7 +150,8 @@ def check_config(cfg: TrainConfig, world_size: int) -> None:
     lowest = dict.fromkeys(("eval_every", "checkpoint_every", "log_every", "eval_tokens"), 1e-9)
     lowest |= dict.fromkeys(("seed", "lr", "muon_lr", "grad_clip", "pppl_tokens"), 0)
     low = [f"--{k} {getattr(cfg, k)}" for k, least in lowest.items() if getattr(cfg, k) < least]
-    odd = [every for every in (cfg.eval_every, cfg.checkpoint_every) if every > 1 and every % 1]
+    odd = [f"--{k} {every}" for k in ("eval_every", "checkpoint_every")
+           if (every := getattr(cfg, k)) > 1 and every % 1]
     for wrong, why in [
         (cfg.seq_len < 3, f"--seq_len {cfg.seq_len}: [CLS], a token and [SEP] need at least 3"),
         (cfg.model.position == "learned" and cfg.seq_len > cfg.model.max_positions,
@@ -163,7 +164,7 @@ def check_config(cfg: TrainConfig, world_size: int) -> None:
         (min(lengths) < 0 or not any(lengths),
          "give the run a length: --max_steps, --max_tokens or --max_minutes above 0"),
         (low, f"{', '.join(low)}: too low"),
-        (odd, f"every {odd}: give whole steps, or a share of the run up to 1.0"),
+        (odd, f"{', '.join(odd)}: give whole steps, or a share of the run up to 1.0"),
         (min(cfg.warmup, cfg.cooldown) < 0 or cfg.cooldown == 1 or cfg.warmup + cfg.cooldown > 1,
          f"--warmup {cfg.warmup} and --cooldown {cfg.cooldown} are shares of one run"),
         (cfg.cooldown_from and cfg.start_from,
