@@ -41,6 +41,7 @@ class Start:
     own: Path | None  # the run's newest checkpoint
     checkpoint: Path | None  # to load: its own newest, or for a new branch the stem's
     weights: MaskedLM | None  # of --start_from, for a new run
+    teacher: MaskedLM | None
     progress: dict  # progress.json of `checkpoint`; {} without
 
 
@@ -55,8 +56,8 @@ def corpus_digests(corpora: list[Corpus], recorded: list[str] | None = None) -> 
     return old if old == recorded else new
 
 
-def load_start(start_from: str, tokenizer: Tokenizer, data: str) -> MaskedLM:
-    """Weights to go on from. ValueError (one line) if their vocabulary is not that of the data."""
+def load_start(start_from: str, tokenizer: Tokenizer, data: str, flag="--start_from") -> MaskedLM:
+    """Weights of an earlier run. ValueError (one line) if their vocabulary is not the data's."""
     folder = find_folder(start_from)
     model = MaskedLM.from_pretrained(folder)
     files = "tokenizer.json", "tokenizer.meta.json", "vocab.txt"
@@ -66,29 +67,46 @@ def load_start(start_from: str, tokenizer: Tokenizer, data: str) -> MaskedLM:
         same, note = bool(tokenizer.hf), " (none is beside it, so bert-base-uncased's)"
     # official tables are rounded up to a multiple of 64 or 128
     if not same or not 0 <= model.cfg.padded_vocab_size - tokenizer.vocab_size < 128:
-        raise ValueError(f"--start_from {start_from}: trained with another tokenizer{note} than "
+        raise ValueError(f"{flag} {start_from}: trained with another tokenizer{note} than "
                          f"{data}; prepare the data with prepare_c4.py --tokenizer and that one")
     return model
 
 
-def begun_from(cfg: TrainConfig, old: dict) -> list | None:
-    """[folder, checksum] of the weights that a run begins with, None for fresh ones. One that goes
-    on, with the settings `old`, keeps what is recorded even if those weights are gone since;
-    ValueError if others are in their place now, or in the place that is given instead."""
-    given, recorded = cfg.cooldown_from or cfg.start_from, old.get("began_from")
+def earlier_weights(given: str, old: dict, key: str) -> tuple[list | None, Path | None]:
+    """([folder, checksum], where they are now) of the weights that a run begins from (`key`
+    began_from) or is taught by; (None, None) without. One that goes on, with the settings `old`,
+    keeps what is recorded even if those weights are gone since: (recorded, None). ValueError if
+    others are in their place now, or in the place that is given instead."""
     if not given:
-        return None
-    if not recorded:
-        folder = Path(given) if cfg.cooldown_from else find_folder(given)
-        return [str(folder), weights_checksum(folder)]
+        return None, None
+    if not (recorded := old.get(key)):
+        folder = find_folder(given)
+        return [str(folder), weights_checksum(folder)], folder
     folder, checksum = Path(recorded[0]), recorded[1]
     places = [folder] if folder.is_dir() else []
-    if given not in (old["cooldown_from"], old["start_from"]):  # moved, or something else
+    if given not in (old["cooldown_from"], old["start_from"], old["teacher"]):  # moved, or another
         places = [p for p in (find_folder(given), Path(given) / "ckpt" / folder.name) if p.is_dir()]
-    if places and checksum not in map(weights_checksum, places):
-        raise ValueError(f"the run began from other weights than {places[0]} has now; "
+    same = [p for p in places if weights_checksum(p) == checksum]
+    if places and not same:
+        did = "began from" if key == "began_from" else "was taught by"
+        raise ValueError(f"the run {did} other weights than {places[0]} has now; "
                          "give this one another --name")
-    return recorded
+    return recorded, (same or [None])[0]
+
+
+def load_teacher(cfg: TrainConfig, folder: Path | None, tokenizer: Tokenizer, data: str
+                 ) -> MaskedLM:
+    """The teacher in `folder`. ValueError (one line) if it cannot teach a run like this one."""
+    if folder is None:
+        raise ValueError(f"--teacher {cfg.teacher}: its weights are gone; give where they are now")
+    teacher = load_start(str(folder), tokenizer, data, "--teacher")
+    if teacher.cfg.padded_vocab_size != cfg.model.padded_vocab_size:
+        raise ValueError(f"--teacher {folder} predicts {teacher.cfg.padded_vocab_size} entries, "
+                         f"this model {cfg.model.padded_vocab_size}; give both one vocab_multiple")
+    if teacher.cfg.position == "learned" and cfg.seq_len > teacher.cfg.max_positions:
+        raise ValueError(f"--teacher {folder} knows {teacher.cfg.max_positions} positions; "
+                         f"--seq_len {cfg.seq_len} is beyond them")
+    return teacher
 
 
 def resolve_start(preset: str, cfg: TrainConfig, world_size: int = 1) -> Start:
@@ -121,6 +139,7 @@ def resolve_start(preset: str, cfg: TrainConfig, world_size: int = 1) -> Start:
         recipes.check_config(cfg, world_size)
     elif not cfg.cooldown_from:  # a branch keeps its stem's, which --start_from may have brought
         cfg.model.vocab_size = tokenizer.vocab_size
+    stem = {}
     if cfg.cooldown_from and not own:
         if not tokenizer.same_as(Tokenizer.load(cfg.cooldown_from)):
             raise ValueError(f"--cooldown_from {cfg.cooldown_from}: not the tokenizer of the data")
@@ -129,20 +148,26 @@ def resolve_start(preset: str, cfg: TrainConfig, world_size: int = 1) -> Start:
         if [*cfg.data] == stem["data"] and not same:
             raise ValueError(f"{', '.join(folders)}: not the corpus that the stem was trained on")
 
-    settings = asdict(cfg) | {"preset": preset, "began_from": begun_from(cfg, old)}
+    began_from, _ = earlier_weights(cfg.cooldown_from or cfg.start_from, old, "began_from")
+    taught_by, folder = earlier_weights(cfg.teacher, old or stem, "taught_by")
+    settings = asdict(cfg) | {"preset": preset, "began_from": began_from, "taught_by": taught_by}
     settings |= {"corpus": corpus_digests(corpora, old.get("corpus")), "shares": shares}
     settings = json.loads(json.dumps(settings))  # lists for tuples, as in the file
     now, before = recipes.flat(settings), recipes.flat(old or settings)
     differ = [k for k in now if k not in FREE_TO_CHANGE | PLACES and now[k] != before.get(k)]
-    differ += [k for k in ("start_from", "cooldown_from") if bool(now[k]) != bool(before.get(k))]
+    places = "start_from", "cooldown_from", "teacher"
+    differ += [k for k in places if bool(now[k]) != bool(before.get(k))]
     if differ:
-        long = "corpus", "shares", "began_from"
+        long = "corpus", "shares", "began_from", "taught_by"
         what = [k if k in long else f"{k} {before.get(k)} -> {now[k]}" for k in differ]
         raise ValueError(f"{run} holds a run with other settings ({', '.join(what)}); "
                          "give this one another --name")
     checkpoint = own or (Path(cfg.cooldown_from) if cfg.cooldown_from else None)
     progress = read_json(checkpoint / "progress.json") if checkpoint else {}
-    return Start(run, settings, batches, eval_batches, own, checkpoint, weights, progress)
+    teacher = None
+    if taught_by and not (own and progress["finished"]):
+        teacher = load_teacher(cfg, folder, tokenizer, folders[0])
+    return Start(run, settings, batches, eval_batches, own, checkpoint, weights, teacher, progress)
 
 
 def lock_run(start: Start, host: dist.ProcessGroup | None = None) -> IO | None:

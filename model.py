@@ -427,23 +427,30 @@ class DecoderLoss(torch.autograd.Function):
     """Vocabulary matmul and masked cross entropy in one: h (M, d), weight (V, d), bias (V,), labels
     (M,) -> (loss summed over M, number of correct predictions).
 
+    teacher_gradient (M, V), overwritten logits of a teacher as kernels.masked_cross_entropy leaves
+    them, makes the target half the label, half the teacher's softmax q: with student's softmax p
+    and one-hot label y, (p - y) - (q - y) / 2 = p - (y + q) / 2. The loss returned is the label's.
+
     The cross entropy leaves its gradient where the logits were. Scaling that (M, V) by the gradient
     from above would take a second one of them; here the scale goes onto h and onto the results,
     which are small.
     """
 
     @staticmethod
-    def forward(ctx, h: Tensor, weight: Tensor, bias: Tensor, labels: Tensor):
+    def forward(ctx, h: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, teacher_gradient):
         gradient = F.linear(h, weight, bias)  # the logits, for now
         loss, n_correct = kernels.masked_cross_entropy(gradient, labels, keep_gradient=True)
+        if teacher_gradient is not None:
+            gradient.sub_(teacher_gradient, alpha=0.5)
         ctx.save_for_backward(h, weight, gradient)
         ctx.mark_non_differentiable(n_correct)
         return loss, n_correct
 
     @staticmethod
-    def backward(ctx, scale: Tensor, _) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx, scale: Tensor, _) -> tuple[Tensor, Tensor, Tensor, None, None]:
         h, weight, gradient = ctx.saved_tensors
-        return gradient @ weight * scale, gradient.t() @ (h * scale), gradient.sum(0) * scale, None
+        to_bias = gradient.sum(0) * scale
+        return gradient @ weight * scale, gradient.t() @ (h * scale), to_bias, None, None
 
 
 class MlmHead(nn.Module):
@@ -461,14 +468,14 @@ class MlmHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.decoder(self.transform(x))
 
-    def loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, x: Tensor, labels: Tensor, teacher_gradient=None) -> tuple[Tensor, Tensor]:
         """x (M, d), labels (M,) -> (loss summed over M, number of correct predictions), fp32."""
         h, device, decoder = self.transform(x), x.device.type, self.decoder
         if not torch.is_grad_enabled():
             return kernels.masked_cross_entropy(decoder(h), labels)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
         weight, bias = decoder.weight.to(dtype), decoder.bias.to(dtype)
-        return DecoderLoss.apply(h.to(dtype), weight, bias, labels)
+        return DecoderLoss.apply(h.to(dtype), weight, bias, labels, teacher_gradient)
 
 
 class MaskedLM(Pretrained):
@@ -482,18 +489,19 @@ class MaskedLM(Pretrained):
         if cfg.tie_head:
             self.head.decoder.weight = self.encoder.embeddings.word.weight
 
-    def forward(self, *inputs, labels: Tensor | None = None, masked_idx=None, **documents):
+    def forward(self, *inputs, labels: Tensor | None = None, masked_idx=None, teacher_gradient=None,
+                **documents):
         """Flat (with cu_seqlens): input_ids (T,), masked_idx (M,) rows to predict, labels (M,) true
             ids. Returns logits (M, V), or with labels (loss summed over M, number of correct
             predictions), fp32: a sum, because only the trainer knows how many masked tokens the
-            whole batch has over all processes.
+            whole batch has over all processes. teacher_gradient (M, V): see DecoderLoss.
         Padded: input_ids, attention_mask, labels (B, S), labels -100 where nothing is to be
             predicted. Returns logits (B, S, V), or with labels (mean loss, logits).
         """
         flat, padding = _as_flat(*inputs, **documents)
         h = self.encoder.flat(**flat, rows=masked_idx)  # (M, d) flat, (T, d) padded
         if labels is not None and padding is None:
-            return self.head.loss(h, labels)
+            return self.head.loss(h, labels, teacher_gradient)
         logits = self.head(h)
         if labels is None:
             return _pad_again(logits, padding)

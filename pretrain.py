@@ -34,6 +34,7 @@ import tyro
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+import kernels
 import recipes
 from batches import EVAL_MICRO_TOKENS, Batch, Batches, count_masked, mask_tokens, one_mask_each
 from checkpoint import State, lock_run, resolve_start
@@ -109,6 +110,17 @@ def model_inputs(ids: Tensor, cu_seqlens: Tensor, masked_idx: Tensor, labels: Te
     return dict(input_ids=ids.to(device, non_blocking=True), max_seqlen=seq_len, **flat)
 
 
+@torch.no_grad()
+def ask_teacher(teacher, inputs: dict, autocast) -> Tensor:
+    """A teacher's gradient for model.DecoderLoss, (M, V) in its logits' dtype: its softmax minus
+    the label, at the masked positions."""
+    with autocast:
+        logits = teacher(**{k: v for k, v in inputs.items() if k != "labels"})
+    kernels.masked_cross_entropy(logits, inputs["labels"], keep_gradient=True)
+    torch._dynamo.maybe_mark_dynamic(logits, 0)
+    return logits
+
+
 def masked_inputs(batches: Batches, m: int, batch: Batch, n_masked: int, corruption: str, seed: int,
                   device: torch.device) -> dict:
     """Micro-batch m with `n_masked` tokens masked, as arguments of MaskedLM on the device."""
@@ -178,13 +190,15 @@ def due(every: int | float, step: int, before: float, after: float) -> bool:
     return math.floor(after / every + 1e-9) > math.floor(before / every + 1e-9)
 
 
-def compile_now(forward, model: MaskedLM, cfg: TrainConfig, batches: Batches, m: int, autocast
-                ) -> None:
+def compile_now(forward, model: MaskedLM, teacher, cfg: TrainConfig, batches: Batches, m: int,
+                autocast) -> None:
     """A forward and backward for nothing, so that compilation is not counted as training."""
     device = next(model.parameters()).device
     n_masked = count_masked(batches, m, recipes.masking_rate(cfg.masking, 0.5))
     how = n_masked, cfg.corruption, cfg.seed, device
     inputs = masked_inputs(batches, m, build(batches, m, device), *how)
+    if teacher is not None:
+        inputs["teacher_gradient"] = ask_teacher(teacher, inputs, autocast)
     with autocast:
         loss, _ = forward(**inputs)
     loss.backward()
@@ -216,11 +230,12 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     state = State(model, make_optimizers(cfg, model, device))
     state.begin(start, cfg)
     forward = wrap(model, cfg, device, world)
+    teacher = start.teacher and wrap(start.teacher.to(device).eval(), cfg, device, 1)
     log, stop = RunLog(preset, cfg, start, state, host), StopSignal()
     ahead = build_ahead(batches, state.micro + rank, world, device)
     model.train()
     if cfg.compile == "on" or device.type == "cuda":
-        compile_now(forward, model, cfg, batches, state.micro + rank, autocast)
+        compile_now(forward, model, teacher, cfg, batches, state.micro + rank, autocast)
     clock, progress = Clock(state.train_seconds, device), recipes.share_done(cfg, state)
     while progress < 1.0:
         rate = recipes.masking_rate(cfg.masking, recipes.stem_done(state.branch, progress))
@@ -234,6 +249,8 @@ def train(preset: str, cfg: TrainConfig) -> Path:
             torch.manual_seed(cfg.seed * 1_000_003 + m)  # dropout depends on the micro-batch only
             how = masked[m], cfg.corruption, cfg.seed, device
             inputs = masked_inputs(batches, m, batch, *how)
+            if teacher is not None:
+                inputs["teacher_gradient"] = ask_teacher(teacher, inputs, autocast)
             syncs = world == 1 or i == n_micro // world - 1
             with nullcontext() if syncs else forward.no_sync():
                 with autocast:

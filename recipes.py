@@ -33,6 +33,7 @@ class TrainConfig:
 
     start_from: str = ""  # weights and shape to begin with: own, MosaicBERT's, BERT's; or hub name
     cooldown_from: str = ""  # checkpoint to anneal over the last `cooldown` of the new whole
+    teacher: str = ""  # an encoder whose predictions are half of the target: as start_from
 
     max_steps: int = 70_000  # length of the run in optimizer steps; used where the next two are 0
     max_tokens: int = 0  # ... or in real tokens
@@ -76,7 +77,7 @@ class TrainConfig:
 FREE_TO_CHANGE = {"out", "eval_every", "checkpoint_every", "log_every", "wandb",
                   "gpu_dollars_per_hour", "device", "compile"}
 # where things are, which is free too: what they hold must be the same (see checkpoint.py)
-PLACES = {"name", "out", "data", "start_from", "cooldown_from"}
+PLACES = {"name", "out", "data", "start_from", "cooldown_from", "teacher"}
 # settings of earlier versions, and the only value at which their runs can be continued
 GONE = {"grad_reduce": "float32", "skip_nan": False, "ramp_from": 0, "ramp_tokens": 0,
         "later": None}  # shares of --data that change

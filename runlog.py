@@ -56,6 +56,8 @@ class RunLog:
         self.peak = peak_tflops(name) if on_gpu else None
         rate, length = mean_masking_rate(cfg.masking), start.batches.effective_length()
         self.flops = flops_per_token(cfg.model, length, rate)
+        if start.teacher:  # forward only
+            self.flops += flops_per_token(start.teacher.cfg, length, rate) / 3
         # earlier lives of the run, perhaps on other GPUs; a branch has cost what its stem had
         self.paid = state.train_seconds, paid.get("gpu_seconds", 0.0), paid.get("dollars", 0.0)
         family = preset.split("-")[0]

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
+import kernels
 from model import (
     PRESETS,
     Dropout,
@@ -524,15 +525,18 @@ def test_missing_folders_and_files_are_named(tmp_path):
             MaskedLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize(("dtype", "trained"), [
-    (torch.float32, ""), (torch.bfloat16, ""), (torch.float32, "decoder.bias")])
-def test_the_fused_head_has_the_gradients_of_the_plain_one(dtype, trained):
+@pytest.mark.parametrize(("dtype", "trained", "taught"), [
+    (torch.float32, "", False), (torch.bfloat16, "", False), (torch.float32, "decoder.bias", False),
+    (torch.float32, "", True), (torch.bfloat16, "", True)])
+def test_the_fused_head_has_the_gradients_of_the_plain_one(dtype, trained, taught):
     """Loss, hits and every gradient of head.loss against decoder and cross entropy, scaled; though
-    nothing but `trained` may want one."""
+    nothing but `trained` may want one. Taught: half of the target is another's softmax."""
     torch.manual_seed(0)
     model = MaskedLM(small(vocab_size=128, n_layers=1)).train()
     torch.nn.init.normal_(model.head.decoder.weight)
     x, labels = torch.randn(20, 32), torch.randint(128, (20,))
+    theirs, label = 3 * torch.randn(20, 128), F.one_hot(labels, 128)
+    target = (label + theirs.softmax(1)) / 2 if taught else label.float()
     for name, p in model.head.named_parameters():
         p.requires_grad_(name.startswith(trained))
     wanted = [p for p in model.head.parameters() if p.requires_grad]
@@ -542,12 +546,16 @@ def test_the_fused_head_has_the_gradients_of_the_plain_one(dtype, trained):
             loss, n_correct = loss_of()
         return [loss.detach(), n_correct, *torch.autograd.grad(loss / 7, wanted)]
 
-    fused = gradients(lambda: model.head.loss(x, labels))
+    kernels.masked_cross_entropy(theirs, labels, keep_gradient=True)
+    fused = gradients(lambda: model.head.loss(x, labels, theirs if taught else None))
 
     def plain_loss():
         logits = model.head(x).float()
         n_correct = (logits.argmax(-1) == labels).sum().float()
-        return F.cross_entropy(logits, labels, reduction="sum"), n_correct
+        # the loss is that of the labels in both
+        about_labels = F.cross_entropy(logits, labels, reduction="sum")
+        mixed = F.cross_entropy(logits, target, reduction="sum")
+        return mixed + (about_labels - mixed).detach(), n_correct
 
     plain = gradients(plain_loss)
     for a, b in zip(fused, plain):

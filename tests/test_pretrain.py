@@ -543,6 +543,23 @@ def test_resume_is_bit_exact_after_sigkill(corpus_dir, tmp_path):
     assert_same_run(tmp_path / "whole/mosaic-tiny", tmp_path / "killed/mosaic-tiny")
 
 
+def test_a_taught_run_resumes_bit_exactly_and_is_that_of_two_processes(stem, corpus_dir, tmp_path):
+    args = f"{FAST} --max_steps 10 --micro_tokens 256 --lr 1e-2 --checkpoint_every 2 --eval_every 5"
+    for name, procs in ("whole", 1), ("two", 2):
+        run(corpus_dir, tmp_path / name, f"{args} --teacher {stem}", procs=procs)
+    copy = shutil.copytree(stem, tmp_path / "copy")
+    for at, fault, code in (stem, partial(die_at, "os.rename", 3), -9), (copy, None, 0):
+        how = dict(fault=fault, code=code)
+        said = run(corpus_dir, tmp_path / "killed", f"{args} --teacher {at}", **how)
+    assert "continuing at step 4 " in said
+    run(corpus_dir, tmp_path / "alone", args)
+    whole, killed, two, alone = (tmp_path / k / "mosaic-tiny" for k in
+                                 ("whole", "killed", "two", "alone"))
+    assert_same_run(whole, killed)
+    assert_same_curve(whole, two)
+    assert losses(whole)[0] == losses(alone)[0] and losses(whole)[-1] != losses(alone)[-1]
+
+
 @pytest.mark.slow
 def test_resume_is_bit_exact_after_twenty_kills_at_random_moments(corpus_dir, tmp_path):
     args = f"{FAST} --max_steps 400 --lr 1e-2 --checkpoint_every 2 --eval_every 10 --optimizer muon"
@@ -647,23 +664,26 @@ def test_a_loss_that_is_not_finite_ends_the_run(corpus_dir, tmp_path, log_every)
 
 
 # ------------------------------------------------------------ torch.compile
-@pytest.mark.parametrize("preset", ["mosaic-tiny", "bert-tiny"])
-def test_training_and_evaluation_compile_once(corpus_dir, tmp_path, monkeypatch, here, preset):
+@pytest.mark.parametrize(("preset", "graphs"), [
+    ("mosaic-tiny", 2), ("bert-tiny", 2), ("nano-tiny --teacher", 3)])
+def test_training_and_evaluation_compile_once(stem, corpus_dir, tmp_path, monkeypatch, here, preset,
+                                              graphs):
     """Though numbers of documents, of masked tokens and, in evaluation, of tokens vary."""
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     args = f"{FAST} --micro_tokens 256 --max_steps 4 --eval_every 2 --compile on --eval_tokens 256"
     torch._dynamo.reset()
-    here(corpus_dir, tmp_path, args, preset)
-    assert counter.frame_count == 2
+    preset, *teacher = preset.split()
+    here(corpus_dir, tmp_path, f"{args} {teacher[0]} {stem}" if teacher else args, preset)
+    assert counter.frame_count == graphs
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", ["", "--model.activation_checkpointing"])
-def test_two_compiled_processes_have_the_curve_of_eager_ones(corpus_dir, tmp_path, more):
+@pytest.mark.parametrize("more", ["", "--model.activation_checkpointing", "--teacher STEM"])
+def test_two_compiled_processes_have_the_curve_of_eager_ones(stem, corpus_dir, tmp_path, more):
     """DistributedDataParallel cuts the compiled graph at its buckets of gradients."""
     args = f"{FAST} --max_steps 8 --eval_every 8 --micro_tokens 256 --optimizer adamw --lr 1e-2"
-    args = f"{args} {more}"
+    args = f"{args} {more.replace('STEM', str(stem))}"
     for mode in ("off", "on"):
         run(corpus_dir, tmp_path / mode, f"{args} --compile {mode}", procs=2)
     eager, compiled = (losses(tmp_path / mode / "mosaic-tiny") for mode in ("off", "on"))
@@ -898,6 +918,9 @@ def official(corpus_dir, tmp_path) -> Path:
     ("bert", "own", "", "trained with another tokenizer than"),
     ("stem", "bert", "", "trained with another tokenizer than"),
     ("stem", "own", "--model.n_layers 1", "leave out --model.n_layers"),
+    ("stem", "foreign", "--teacher", "trained with another tokenizer than"),
+    ("stem", "own", "--model.vocab_multiple 1 --teacher", "predicts 832 entries, this model 800"),
+    ("bert", "bert", "--seq_len 300 --teacher", "--seq_len 300 is beyond"),
     ("no/such/folder/anywhere", "own", "", "no checkpoint here"),
 ])
 def test_weights_that_do_not_fit_the_data_are_one_line(request, corpus_dir, foreign_corpus,
@@ -907,21 +930,24 @@ def test_weights_that_do_not_fit_the_data_are_one_line(request, corpus_dir, fore
     source = request.getfixturevalue(weights_of) if made else weights_of
     folder = {"own": corpus_dir, "foreign": foreign_corpus, "bert": bert_corpus}[data]
     with refused(message, "" if more else str(source)):
-        here(folder, tmp_path / "runs", f"{START} --start_from {source} {more}")
+        more = more if more.endswith("--teacher") else f"{more} --start_from"
+        here(folder, tmp_path / "runs", f"{START} {more} {source}")
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_knows_the_weights_it_began_from(stem, corpus_dir, tmp_path, here):
+@pytest.mark.parametrize(("flag", "key", "verb"), [
+    ("--start_from", "began_from", "began from"), ("--teacher", "taught_by", "was taught by")])
+def test_a_run_knows_earlier_weights(stem, corpus_dir, tmp_path, here, flag, key, verb):
     shutil.copytree(stem, tmp_path / "first")
-    argv = command(corpus_dir, tmp_path, f"{START} --start_from {tmp_path / 'first'} --name second")
+    argv = command(corpus_dir, tmp_path, f"{START} {flag} {tmp_path / 'first'} --name second")
     here(argv)
-    assert settings(tmp_path / "second")["began_from"][0].endswith("first/ckpt/step_00000050")
+    assert settings(tmp_path / "second")[key][0].endswith("first/ckpt/step_00000050")
     shutil.copytree(tmp_path / "first/ckpt/step_00000050", tmp_path / "first/ckpt/step_00000060")
     assert "is finished" in here(argv), "that the first was trained further changes nothing"
     progress = tmp_path / "first/ckpt/step_00000050/progress.json"
     again = progress.read_text().replace('"train_seconds": ', '"train_seconds": 1')
     progress.write_text(again)  # trained anew
-    with refused("the run began from other weights than"):
+    with refused(f"the run {verb} other weights than"):
         here(argv)
     for file in progress.parent.iterdir():
         file.unlink()
