@@ -15,6 +15,8 @@ struct Hooks final : at::CUDAHooksInterface {
   bool hasCUDA() const override { return true; }
   bool hasPrimaryContext(DeviceIndex) const override { return false; }
   DeviceIndex deviceCount() const override { return 1; }
+  // none: a torch with CUDA asks for it before it picks a kernel of attention
+  long versionRuntimeCuDNN() const override { return 0; }
 };
 
 extern "C" void install() {
