@@ -141,6 +141,15 @@ def move(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     return module
 
 
+def fused_attention(q, k, v, attn_mask, dropout_p):
+    """F.scaled_dot_product_attention as on a chip, where BERT's mask leads to cuDNN's kernel or to
+    this one, of the same bytes and FLOPs. Without a driver PyTorch writes the scores out instead.
+    """
+    bias = torch.where(attn_mask, 0.0, -torch.inf).to(q.dtype).expand(*q.shape[:3], k.shape[2])
+    return torch.ops.aten._scaled_dot_product_efficient_attention(
+        q, k, v, bias, torch.is_grad_enabled(), dropout_p)[0]
+
+
 def count_instructions(kernel) -> tuple[np.ndarray, np.ndarray, int]:
     """Clocks of a warp in each of PIPES: outside of loops, in one trip through each loop; and the
     bytes that spill."""
@@ -322,7 +331,7 @@ class Recorder(TorchDispatchMode):
                    if a.alias_info and a.alias_info.is_write and a.name != "out"]
         new = [x for x in tree_leaves(out) if all(x is not y for y in inputs)]
         read = [] if name.startswith("new_") or name.endswith("_like") else inputs
-        moved = sum(x.numel() * x.element_size()
+        moved = sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
                     for x in [*read, *tree_leaves(written), *new] if torch.is_tensor(x))
         if func._schema.name in self.bodies:  # of kernels.py: its own body makes the launches
             if not given.get("use_triton", True):
@@ -338,7 +347,7 @@ class Recorder(TorchDispatchMode):
             self.in_op = False
         elif not func.is_view and name not in FREE and "empty" not in name:
             flops = flop_registry.get(func._overloadpacket, lambda *_, **__: 0)(*args, out_val=out)
-            if flops:
+            if "mm" in name:
                 a, b = [x for x in args if torch.is_tensor(x)][-2:]
                 name = f"{name} {' x '.join(map(str, (*a.shape, b.shape[-1])))}"
             self.launch(name, moved, flops)
@@ -385,6 +394,7 @@ def dry_run(cfg: Config) -> dict:
         ("optimizer", torch.optim.Muon, "step"), ("evaluation", pretrain, "evaluate"),
         ("checkpoint", checkpoint.State, "is_finite"), ("log", runlog.RunLog, "train")]:
         setattr(owner, name, recorder.within(phase, getattr(owner, name)))
+    torch.nn.functional.scaled_dot_product_attention = fused_attention
     corpus, tokenizer = open_data("")  # random ids in documents as long as C4's
     corpus.n_tokens = int(corpus.lengths.sum())
     tokenizer.save = tokenizer.same_as = lambda _: None
