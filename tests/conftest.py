@@ -20,6 +20,8 @@ from corpus.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 C4 = ROOT / "../shared/data/c4/c4_train.jsonl"
+SHAPE = dict(n_layers=2, n_heads=2, d_model=32, d_ff=48, embedding_dropout=0.0, output_dropout=0.0,
+             mlp_dropout=0.0)
 ODD = [
     "ΟΔΥΣΣΕΥΣ ΚΑΙ Α.Σ. ΑΣ'Α 'Σ' ΣΣ Σ",  # the final sigma, and sigmas that only look final
     "İstanbul IĞDIR ß ẞ ǅ ﬁ Å",
@@ -100,9 +102,19 @@ def randomize(model, seed: int = 0):
     return model.eval()
 
 
-def save_checkpoint(folder: Path, tokenizer: Tokenizer, model) -> Path:
+def random_mlm(tokenizer: Tokenizer, **shape):
+    """A small MaskedLM with weights as `randomize` makes them."""
+    from model import EncoderConfig, MaskedLM
+
+    sizes = dict(vocab_size=tokenizer.vocab_size) | SHAPE | shape
+    return randomize(MaskedLM(EncoderConfig(**sizes)))
+
+
+def save_checkpoint(folder: Path, tokenizer: Tokenizer, model, **progress) -> Path:
     model.save_pretrained(folder)
     tokenizer.save(folder)
+    if progress:
+        (folder / "progress.json").write_text(json.dumps(progress))
     return folder
 
 

@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import randomize, refused, save_checkpoint, some_documents
+from conftest import SHAPE, random_mlm, refused, save_checkpoint, some_documents
 from tqdm import tqdm
 from transformers import AutoModelForMaskedLM
 
@@ -16,16 +16,13 @@ from machine import pick_dtype
 from model import EncoderConfig, MaskedLM, SequenceClassifier
 from studies.blimp import accuracies, main, pseudo_log_likelihoods, read_pairs
 
-SHAPE = dict(n_layers=2, n_heads=4, d_model=64, d_ff=128)
 PAIR = ("It barks.", "It bark.")
 LINE = '{"linguistics_term": "npi", "sentence_good": "It barks.", "sentence_bad": "It bark."}\n'
 
 
 def exported(tokenizer, folder, write=export.write_model, **shape):
     """A random model, ours and as transformers loads it."""
-    torch.manual_seed(0)
-    cfg = EncoderConfig(**{"vocab_size": tokenizer.vocab_size} | SHAPE | shape)
-    model = randomize(MaskedLM(cfg))
+    model = random_mlm(tokenizer, **shape)
     write(model, tokenizer, {}, folder)
     return model, AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True).eval()
 
@@ -61,7 +58,7 @@ def test_scores_equal_a_plain_loop_in_transformers(tokenizer, tmp_path, write, s
 def test_five_times_as_fast_as_transformers(tokenizer, tmp_path):
     """CPU seconds at 4 x 256: as the command runs (bf16 where the CPU has it) and in fp32, against
     transformers in fp32 and batches of 32, its fastest. `pytest -m slow -s` prints the ratios."""
-    shape = dict(n_layers=4, d_model=256, d_ff=1_024, vocab_size=30_528)
+    shape = dict(n_layers=4, n_heads=4, d_model=256, d_ff=1_024, vocab_size=30_528)
     ours, theirs = exported(tokenizer, tmp_path, **shape)
     sentences, seconds = [t[:n] for n in (30, 45, 60) for t in some_documents(40)], []
     dtype = pick_dtype("auto", torch.device("cpu"))
@@ -94,8 +91,8 @@ def test_a_run_gets_a_record_a_checkpoint_and_bad_input_one_line(tokenizer, tmp_
     assert read_pairs(zorro) == ("zorro", [("filler-gap-x", "filler-gap", *PAIR)] * 3)
     run, config = tmp_path / "run", EncoderConfig(tokenizer.vocab_size, **SHAPE)
     for step in (10, 20):
-        folder = save_checkpoint(run / f"ckpt/step_{step:08d}", tokenizer, MaskedLM(config))
-        (folder / "progress.json").write_text(json.dumps({"step": step, "train_seconds": step / 2}))
+        where, progress = run / f"ckpt/step_{step:08d}", dict(step=step, train_seconds=step / 2)
+        save_checkpoint(where, tokenizer, MaskedLM(config), **progress)
     for more in (["--checkpoints", "all"], [], ["--pairs", "1"]):
         main([str(run), "--blimp_dir", blimp, *more])
     records = [json.loads(line) for line in (run / "blimp.jsonl").read_text().splitlines()]

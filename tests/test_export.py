@@ -17,7 +17,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import ODD, ROOT, python, randomize, refused, some_documents, write_jsonl
+from conftest import ODD, SHAPE, python, random_mlm, randomize, refused, some_documents, write_jsonl
 from scipy.stats import spearmanr
 from transformers import BertConfig, BertTokenizer, PreTrainedTokenizerFast, pipeline
 
@@ -37,10 +37,8 @@ from model import (
 from pretrain import train
 from recipes import TrainConfig
 
-HOWTO = ROOT / "docs/HOWTO.md"
-STS_B = ROOT / "../shared/data/glue/STS-B"
-NO_DROPOUT = dict(embedding_dropout=0.0, output_dropout=0.0, mlp_dropout=0.0)
-SHAPE = dict(n_layers=2, n_heads=2, d_model=32, d_ff=48, **NO_DROPOUT)
+HOWTO = conftest.ROOT / "docs/HOWTO.md"
+STS_B = conftest.ROOT / "../shared/data/glue/STS-B"
 BERT = SHAPE | dict(position="learned", mlp="gelu", max_positions=64, low_precision_norm=False)
 
 
@@ -49,10 +47,6 @@ def exported_as(name: str, folder: Path, tokenizer: Tokenizer, model, *flags: st
     source = conftest.save_checkpoint(folder / "in", tokenizer, model)
     main([str(source), "--out", str(folder / name), *flags])
     return folder / name
-
-
-def random_mlm(tokenizer, **shape) -> MaskedLM:
-    return randomize(MaskedLM(EncoderConfig(tokenizer.vocab_size, **(SHAPE | shape))))
 
 
 @pytest.fixture(scope="module")
@@ -185,8 +179,7 @@ for name in ("triton", "model", "kernels", "corpus", "export"):
 import torch
 from transformers import AutoModelForMaskedLM
 model = AutoModelForMaskedLM.from_pretrained({str(exported)!r}, trust_remote_code=True).eval()
-with torch.no_grad():
-    logits = model(torch.tensor({ids.tolist()}), torch.tensor({mask.tolist()})).logits
+logits = model(torch.tensor({ids.tolist()}), torch.tensor({mask.tolist()})).logits.detach()
 torch.save(logits, "logits.pt")
 """
     python("-I", "-c", code, cwd=tmp_path)
@@ -654,11 +647,9 @@ def test_the_model_card_holds_the_runs_facts(run, exported):
     train_settings = json.loads((run / "config.json").read_text())["train"]
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     loss = [line["loss"] for line in log if line["type"] == "eval"][-1]
-    facts = [
-        "tiny-run", *train_settings["corpus"], "512 tokens, 2 steps of 256", "1 × cpu",
-        f"| held-out loss | {loss} ", "constant:0.3", "$0.0", "# Limits", "pretrain.py",
-        "pipeline_tag: fill-mask",
-    ]
+    facts = ["tiny-run", *train_settings["corpus"], "512 tokens, 2 steps of 256", "1 × cpu",
+             f"| held-out loss | {loss} ", "constant:0.3", "$0.0", "# Limits", "pretrain.py",
+             "pipeline_tag: fill-mask"]
     assert not [fact for fact in facts if fact not in card]
 
 

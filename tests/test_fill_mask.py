@@ -32,20 +32,14 @@ def run(tmp_path, tokenizer) -> Path:
             with torch.no_grad():
                 model.head.decoder.bias[tokenizer.encode(" cat")[0]] = 9.0
                 model.head.decoder.bias[tokenizer.vocab_size :] = 99.0  # only pad the vocabulary
-        folder = tmp_path / f"runs/x/ckpt/step_{step:08d}"
-        save_checkpoint(folder, tokenizer, model)
-        (folder / "progress.json").write_text(json.dumps({"step": step}))
+        save_checkpoint(tmp_path / f"runs/x/ckpt/step_{step:08d}", tokenizer, model, step=step)
     return tmp_path / "runs/x"
 
 
 def test_every_mask_gets_top_k_answers_with_probabilities(run, tokenizer):
     model = MaskedLM.from_pretrained(run / "ckpt/step_00000002").train()
     answers = fill_mask(model, tokenizer, "the [MASK] sat on the [mask].", top_k=4)
-    assert [len(a) for a in answers] == [4, 4]
-    for each in answers:
-        assert each[0][0] == " cat"
-        probabilities = [p for _, p in each]
-        assert probabilities == sorted(probabilities, reverse=True) and 0 < sum(probabilities) <= 1
+    assert [(len(a), a[0][0]) for a in answers] == [(4, " cat")] * 2
     (everything,) = fill_mask(model, tokenizer, "[MASK]", top_k=10**6)
     assert sum(p for _, p in everything) == pytest.approx(1)
 
@@ -72,7 +66,6 @@ def test_a_hugging_face_bert_answers_as_transformers_does(tmp_path, capsys):
 
 
 def test_a_tokenizer_too_large_for_the_model_is_refused(tmp_path, run):
-    Tokenizer.train(TEXTS, 290).save(tmp_path / "small")
     larger = Tokenizer.train([*TEXTS, *(f"word{i} {i:x}{i:x}" for i in range(3000))] * 2, 400)
     larger.save(tmp_path / "larger")
     with refused("the tokenizer has 400 entries, the model 320: not its"):

@@ -2,20 +2,11 @@
 
 import pytest
 import torch
-from conftest import randomize, refused, save_checkpoint
+from conftest import random_mlm, refused, save_checkpoint
 
 from corpus.tokenizer import Tokenizer
-from model import EncoderConfig, MaskedLM
+from model import MaskedLM
 from studies.grow import grow, main
-
-SHAPE = dict(n_layers=2, n_heads=2, d_model=32, d_ff=48, embedding_dropout=0.0, output_dropout=0.0,
-             mlp_dropout=0.0)
-
-
-def some_model(vocab_size=320, **shape) -> MaskedLM:
-    torch.manual_seed(0)
-    return randomize(MaskedLM(EncoderConfig(vocab_size=vocab_size, **SHAPE | shape)))
-
 
 INPUTS = dict(input_ids=torch.arange(90) * 7 % 320, max_seqlen=50,
               cu_seqlens=torch.tensor([0, 40, 90], dtype=torch.int32))
@@ -24,15 +15,15 @@ INPUTS = dict(input_ids=torch.arange(90) * 7 % 320, max_seqlen=50,
 @pytest.mark.parametrize("shape", [dict(position="rope-alibi", alibi_ratio=8.0), dict(
     position="learned", mlp="gelu", norm="pre"), dict(tie_head=False, bias=False)])
 @pytest.mark.parametrize("n_layers", [2, 4])
-def test_a_grown_encoder_has_the_logits_of_the_small_one(shape, n_layers):
-    small = some_model(**shape)
+def test_a_grown_encoder_has_the_logits_of_the_small_one(tokenizer, shape, n_layers):
+    small = random_mlm(tokenizer, **shape)
     large = grow(small, n_layers)
     assert (large.cfg.d_model, large.cfg.n_layers) == (64, n_layers)
     assert (large(**INPUTS) - small(**INPUTS)).abs().max() < 1e-5
 
 
-def test_no_two_units_of_a_layer_learn_the_same():
-    large = grow(some_model(position="rope-alibi"), 2)
+def test_no_two_units_of_a_layer_learn_the_same(tokenizer):
+    large = grow(random_mlm(tokenizer, position="rope-alibi"), 2)
     large(**INPUTS, masked_idx=torch.arange(20), labels=torch.arange(20))[0].backward()
     for p in [p for p in large.encoder.layers.parameters() if p.dim() == 2]:
         rows = p.grad[p.grad.abs().sum(1) > 0]
@@ -40,7 +31,7 @@ def test_no_two_units_of_a_layer_learn_the_same():
 
 
 def test_the_command_writes_weights_with_their_tokenizer(tokenizer, tmp_path):
-    save_checkpoint(tmp_path / "small", tokenizer, some_model(tokenizer.vocab_size))
+    save_checkpoint(tmp_path / "small", tokenizer, random_mlm(tokenizer))
     main([str(tmp_path / "small"), "--n_layers", "3", "--out", str(tmp_path / "large")])
     assert MaskedLM.from_pretrained(tmp_path / "large").cfg.n_layers == 3
     assert tokenizer.same_as(Tokenizer.load(tmp_path / "large"))

@@ -8,15 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import prepare_texts, randomize, refused, save_checkpoint, some_documents
+from conftest import prepare_texts, random_mlm, refused, save_checkpoint, some_documents
 
 from corpus.shards import Corpus
 from corpus.tokenizer import Tokenizer
-from model import EncoderConfig, MaskedLM
 from studies.long_context import draw, evaluate, long_documents, main, windows
 
 FP32 = torch.float32
-SHAPE = dict(n_layers=1, n_heads=2, d_model=16, d_ff=16)
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +30,10 @@ def tokenizer(long_corpus) -> Tokenizer:
     return Tokenizer.load(long_corpus)
 
 
-def model_of(tokenizer, **shape) -> MaskedLM:
-    torch.manual_seed(0)
-    return randomize(MaskedLM(EncoderConfig(tokenizer.vocab_size, **(SHAPE | shape))))
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "checkpoint"
-    return save_checkpoint(folder, tokenizer, model_of(tokenizer))
+    return save_checkpoint(folder, tokenizer, random_mlm(tokenizer))
 
 
 def texts_of(corpus, n=3, tokens=254):
@@ -59,7 +52,7 @@ def test_windows_hold_the_text_between_cls_and_sep(tokenizer):
 
 def test_losses_are_those_of_each_window_alone_and_of_the_same_tokens(long_corpus, tokenizer):
     """Recomputed window by window with the padded front door, from what the model was given."""
-    model, seen, lengths = model_of(tokenizer), [], (32, 64, 256)
+    model, seen, lengths = random_mlm(tokenizer), [], (32, 64, 256)
     note = lambda _, args, kwargs: seen.append((args[0], kwargs))
     hook = model.register_forward_pre_hook(note, with_kwargs=True)
     rows = evaluate(model, tokenizer, texts_of(long_corpus), lengths, FP32)
@@ -83,7 +76,7 @@ def test_losses_are_those_of_each_window_alone_and_of_the_same_tokens(long_corpu
 
 def test_positions_and_gains_add_up(long_corpus, tokenizer):
     texts = texts_of(long_corpus)
-    first, last = evaluate(model_of(tokenizer), tokenizer, texts, (32, 256), FP32)
+    first, last = evaluate(random_mlm(tokenizer), tokenizer, texts, (32, 256), FP32)
     assert (first["gain"], first["gain_stderr"]) == (0, 0)
     assert last["gain"] == pytest.approx(first["loss"] - last["loss"], abs=2e-5)
     assert last["gain_stderr"] > 0
@@ -153,7 +146,7 @@ def test_bad_input_is_one_line_and_nothing_is_measured(
         checkpoint, long_corpus, corpus_dir, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("studies.long_context.evaluate", None)
     learned, gone = tmp_path / "learned", tmp_path / "gone"
-    save_checkpoint(learned, tokenizer, model_of(tokenizer, position="learned", max_positions=64))
+    save_checkpoint(learned, tokenizer, random_mlm(tokenizer, position="learned", max_positions=64))
     (tmp_path / "file").touch()
     for run, data, more, expected in (
         (checkpoint, long_corpus, "--lengths 128 99999", "no val document has 99,997 tokens"),
