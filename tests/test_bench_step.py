@@ -9,6 +9,7 @@ import torch
 from batches import Batches
 from bench import step as bench_step
 from bench.step import Config, RandomCorpus, mfu, open_data, ours, padded, run, theirs
+from model import PRESETS, EncoderConfig, flops_per_token
 
 CPU = torch.device("cpu")
 TINY = dict(sizes=("tiny",), seq_lens=(32,), micro_tokens=256, rounds=3, steps=1, warmup=1,
@@ -71,6 +72,13 @@ def test_mfu_is_the_share_of_the_peak():
     assert mfu(1e9, 321_024, "NVIDIA H200") == pytest.approx(321_024e9 / 989.4e12)
     assert mfu(1e9, 321_024, "NVIDIA H200 NVL") == pytest.approx(321_024e9 / 835.5e12)
     assert mfu(1e9, 321_024, "an unknown GPU") is None
+
+
+def test_flops_formula_gives_the_published_figure():
+    mosaic = EncoderConfig(**PRESETS["mosaic-base"])
+    assert flops_per_token(mosaic, 128, 0.3) == pytest.approx(736.9e6, rel=1e-3)
+    bert = EncoderConfig(**PRESETS["bert-base"])
+    assert flops_per_token(bert, 128, 0.15) == pytest.approx(545.4e6, rel=1e-3)
 
 
 def test_a_contender_that_fails_is_listed_with_its_reason(monkeypatch, tmp_path):
