@@ -1,5 +1,4 @@
-"""plots.py, records.py: what is read from a run folder, what is computed from it, and that the
-pictures can be read."""
+"""plots.py, records.py: what is read from run folders and computed; pictures that can be read."""
 
 import json
 import math
@@ -7,7 +6,7 @@ import os
 import xml.etree.ElementTree as ElementTree
 from itertools import product
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -104,13 +103,12 @@ def two_runs(tmp_path):
 
 
 @pytest.fixture
-def drawn(monkeypatch, tmp_path):
+def drawn(tmp_path):
     """Draws a figure and returns it, still open (matplotlib's Figure), after it was written."""
 
     def draw(figure, *paths, out="p.png", **kwargs):
         kept = []
-        with monkeypatch.context() as patched:
-            patched.setattr(plots.plt, "close", kept.append)
+        with patch("plots.plt.close", kept.append):
             figure(paths, out=str(tmp_path / out), **kwargs)
         return kept[0]
 
