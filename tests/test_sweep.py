@@ -25,20 +25,15 @@ from sweep.leaderboard import leaderboard, short, verdict, with_error
 # A stand-in trains nothing: it writes what the real one would, counts its calls, and can be told
 # to fail or to wait.
 RECIPES = """
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-@dataclass
-class EncoderConfig:
-    vocab_size: int = 0
 @dataclass
 class TrainConfig:
     lr: float = 1.0
-    model: EncoderConfig = field(default_factory=EncoderConfig)
     batch_tokens: int = 100
     warmup: float = 0.06
     cooldown: float = 0.2
     schedule: str = "linear"
-    masking: str = "constant:0.3"
     seq_len: int = 128
     max_tokens: int = 0
     seed: int = 0
@@ -49,10 +44,9 @@ class TrainConfig:
     checkpoint_every: float = 0.1
     eval_tokens: int = 1
 def make_presets():
-    new = TrainConfig(masking="constant:0.4") if Path("new-recipe").exists() else TrainConfig()
+    new = TrainConfig(lr=2.0 if Path("new-recipe").exists() else 1.0)
     return {"mosaic-tiny": ("", new), "bert-tiny": ("", TrainConfig())}
-def check_config(cfg, world_size):
-    pass
+check_config = lambda cfg, world_size: None
 """
 PRETRAIN = """
 import json, os, sys, time, tyro
@@ -95,19 +89,14 @@ log = "".join(json.dumps(r) + "\\n" for r in (head, held_out))
 (run / "log.jsonl").write_text('{"dam\\n' + log)
 """
 FINETUNE_GLUE = """
-import json, shlex, sys
-from dataclasses import dataclass
+import argparse, json, shlex, sys
 from pathlib import Path
-import tyro
-
-@dataclass
-class Config:
-    run: tyro.conf.Positional[str]
-    task: str = "RTE,CoLA"
-    lr: float = 0.0
-
-cfg = tyro.cli(Config)
-run = Path(cfg.run)
+cli = argparse.ArgumentParser()
+cli.add_argument("run", type=Path)
+cli.add_argument("--task", default="RTE,CoLA")
+cli.add_argument("--lr", type=float, default=0.0)
+cfg = cli.parse_args()
+run = cfg.run
 with open("calls", "a") as f:
     f.write(f"finetune {run.name}\\n")
 step = max(int(p.name[5:]) for p in run.glob("ckpt/step_*"))
@@ -117,8 +106,7 @@ for task in cfg.task.split(","):
     line = {"type": "glue", "task": task, "step": step, "majority": 0.5, "command": command}
     line |= {"metrics": {"accuracy": 0.6}}
     lines = [line | {"seed": s, "score": 0.6 + 0.02 * s + cfg.lr} for s in (1, 2)]
-    # not asked for:
-    lines += [lines[0] | {"score": 0.1, "command": "older"}, lines[0] | {"step": 1}]
+    lines += [lines[0] | {"score": 0.1, "command": "older"}, lines[0] | {"step": 1}]  # not asked
     with open(run / "glue" / f"{task}.jsonl", "a") as f:
         f.write("".join(json.dumps(r) + "\\n" for r in lines))
 """
@@ -354,7 +342,6 @@ def test_a_folder_that_cannot_be_written_to_is_found_out_first(stand_ins, folder
     (dict(vary=("a:seq_len=64",)), "losses are on other text"),
     (dict(budgets=(1e6, 1e6)), "different whole numbers"),
     (dict(budgets=(1_000_001, 2_000_000)), "multiples of 20,480 tokens"),
-    (dict(budgets=(5000, 10000)), "multiples of 20,480 tokens"),
     (dict(budgets=(2_048_000, 65_536_000)), "branch off in the warm-up"),
 ])
 def test_bad_input_is_one_line(settings, says):
@@ -433,7 +420,6 @@ def test_verdicts_and_numbers():
     assert [short(x) for x in (0, 1500, 2.007e6, 1.5e15)] == ["0", "1.5K", "2.01M", "1.5P"]
 
 
-# ------------------------------------------------------------------------------------ for real
 @pytest.mark.slow
 def test_a_sweep_with_the_real_scripts(corpus_dir, tmp_path):
     labelled = "sentence\tlabel\n" + "".join(f"text number {i}\t{i % 2}\n" for i in range(40))
