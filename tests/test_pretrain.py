@@ -19,7 +19,7 @@ from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -73,8 +73,7 @@ def forks():
     """Processes that have imported everything begin in milliseconds: this file needs eighty."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_pretrain", "torch._dynamo"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")])):
         multiprocessing.forkserver.ensure_running()
     return context
 
@@ -190,10 +189,6 @@ def assert_same_curve(a: Path, b: Path) -> None:
 
 def settings(folder: Path) -> dict:
     return read_json(folder / "config.json")["train"]
-
-
-def trainer(folder: Path, step: int) -> dict:
-    return torch.load(folder / f"ckpt/step_{step:08d}/trainer.pt", weights_only=True)
 
 
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -380,7 +375,8 @@ def test_optimizers_hold_every_parameter_once_with_the_settings_given(kind):
 
 def test_each_optimizer_steps_at_its_own_rate(curve):
     run = curve("bert-tiny", 1)
-    adam, muon = (o["param_groups"][0]["lr"] for o in trainer(run, 25)["optimizers"])
+    saved = torch.load(run / "ckpt/step_00000025/trainer.pt", weights_only=True)
+    adam, muon = (o["param_groups"][0]["lr"] for o in saved["optimizers"])
     assert adam == records(run, "train")[25]["lr"] < 2e-3
     assert muon == pytest.approx(10 * adam), "0.02 and 2e-3 at the peak"
 
@@ -410,8 +406,7 @@ def assert_has(record: dict, found: dict[str, float]) -> None:
 
 @pytest.mark.parametrize(("clip", "documents"), [(0.0, "first"), (0.0, "all"), (0.1, "all")])
 def test_a_step_follows_the_gradient_of_the_mean_over_the_whole_batch(
-    corpus_dir, tmp_path, monkeypatch, here, clip, documents
-):
+        corpus_dir, tmp_path, monkeypatch, here, clip, documents):
     """SGD in AdamW's place, which would not feel a wrong scale. All else follows --seed."""
     sgd = lambda cfg, model, _: [(torch.optim.SGD(model.parameters()), cfg.lr)]
     monkeypatch.setattr(pretrain, "make_optimizers", sgd)
@@ -437,8 +432,7 @@ def test_a_step_follows_the_gradient_of_the_mean_over_the_whole_batch(
 
 def test_the_log_has_loss_and_accuracy_of_the_masked_tokens(stem, corpus_dir, tmp_path, here):
     args = f"{SMALL} --micro_tokens 128 --max_steps 2 --lr 0 --seed 3 --log_every 2"
-    args += " --optimizer adamw"
-    here(corpus_dir, tmp_path, f"{args} --start_from {stem}")
+    here(corpus_dir, tmp_path, f"{args} --optimizer adamw --start_from {stem}")
     batches = Batches([Corpus(corpus_dir)], Tokenizer.load(corpus_dir), 32, 128, "all", 3)
     found = loss_and_accuracy(MaskedLM.from_pretrained(stem), batches, 8, 0.3, 3)
     assert found["accuracy"] > 0
@@ -477,6 +471,21 @@ def test_a_time_budget_is_kept_and_the_schedule_follows_the_clock(corpus_dir, tm
     half = min(train.values(), key=lambda r: abs(r["train_seconds"] - 1.5))
     assert half["lr"] / 2e-3 == pytest.approx(1 - 0.98 * (half["train_seconds"] / 3 - 0.06) / 0.94,
                                               abs=0.1)
+
+
+def test_wandb_receives_the_numbers_of_the_log(corpus_dir, tmp_path, monkeypatch, here):
+    monkeypatch.setitem(sys.modules, "wandb", wandb := Mock())
+    here(corpus_dir, tmp_path, f"{FAST} --max_steps 6 --eval_every 3 --checkpoint_every 3 --wandb")
+    begun, board = wandb.init.call_args.kwargs, wandb.init.return_value
+    assert begun["config"]["train"]["max_steps"] == 6 and begun["resume"] == "allow"
+    board.finish.assert_called_once_with()
+    logged = [call.args for call in board.log.call_args_list]
+    assert [step for _, step in logged] == [1, 2, 3, 3, 4, 5, 6, 6]
+    for numbers, step in logged:
+        (kind,) = {name.split("/")[0] for name in numbers}
+        record = records(tmp_path / "mosaic-tiny", kind)[step]
+        assert {f"{kind}/{k}": v for k, v in record.items() if k not in ("type", "step")
+                and v is not None} == numbers
 
 
 # ------------------------------------------------------------ one global batch
@@ -548,8 +557,7 @@ def test_a_taught_run_resumes_bit_exactly_and_is_that_of_two_processes(stem, cor
     for name, procs in ("whole", 1), ("two", 2):
         run(corpus_dir, tmp_path / name, f"{args} --teacher {stem}", procs=procs)
     copy = shutil.copytree(stem, tmp_path / "copy")
-    for at, fault, code in (stem, partial(die_at, "os.rename", 3), -9), (copy, None, 0):
-        how = dict(fault=fault, code=code)
+    for at, how in (stem, dict(fault=partial(die_at, "os.rename", 3), code=-9)), (copy, {}):
         said = run(corpus_dir, tmp_path / "killed", f"{args} --teacher {at}", **how)
     assert "continuing at step 4 " in said
     run(corpus_dir, tmp_path / "alone", args)
@@ -803,17 +811,13 @@ def test_a_mixture_is_drawn_by_its_shares_and_other_shares_are_another_run(
         go(0.6, 0.4)
 
 
-@pytest.mark.parametrize("data", [("a:0.7", "b"), ("a:0", "b:0"), ("a:0.0001", "b:1"),
-                                  ("a:0", "b:1")])
-def test_shares_that_are_missing_or_would_never_be_drawn_are_refused(data):
-    with pytest.raises(ValueError, match="--data a:0"):
-        recipes.read_mixture(data)
-
-
-def test_shares_are_read_as_written():
+def test_shares_are_read_as_written_and_refused_if_missing_or_never_drawn():
     assert recipes.read_mixture(()) == (["data/c4"], None)
     assert recipes.read_mixture(("a", "b/c:d")) == (["a", "b/c:d"], None)
     assert recipes.read_mixture(("a:7", "b:.3")) == (["a", "b"], [7.0, 0.3])
+    for data in ("a:0.7", "b"), ("a:0", "b:0"), ("a:0.0001", "b:1"), ("a:0", "b:1"):
+        with pytest.raises(ValueError, match="--data a:0"):
+            recipes.read_mixture(data)
 
 
 # ------------------------------------------------------------ evaluation
@@ -993,8 +997,7 @@ def test_a_run_of_an_earlier_version_goes_on(stem, corpus_dir, tmp_path, here):
 
 @pytest.mark.parametrize("used", [
     {"skip_nan": True}, {"ramp_from": 512, "ramp_tokens": 9}, {"grad_reduce": "bfloat16"},
-    {"mixture": MIXTURE | {"shares": [1, 0], "later": [0, 1], "change": 0.5}}, {"model": 1},
-])
+    {"mixture": MIXTURE | {"shares": [1, 0], "later": [0, 1], "change": 0.5}}, {"model": 1}])
 def test_a_run_that_used_what_is_gone_is_refused(stem, tmp_path, here, used):
     facts = read_json(stem / "config.json")
     (tmp_path / "config.json").write_text(json.dumps({"train": facts["train"] | GONE | used}))
@@ -1055,22 +1058,6 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
     with refused("Permission denied"):
         here(corpus_dir, tmp_path / "runs", f"{FAST} --max_steps 2")
     assert not (tmp_path / "runs/mosaic-tiny/log.jsonl").exists()
-
-
-# ------------------------------------------------------------ Weights & Biases
-def test_wandb_receives_the_numbers_of_the_log(corpus_dir, tmp_path, monkeypatch, here):
-    monkeypatch.setitem(sys.modules, "wandb", wandb := Mock())
-    here(corpus_dir, tmp_path, f"{FAST} --max_steps 6 --eval_every 3 --checkpoint_every 3 --wandb")
-    begun, board = wandb.init.call_args.kwargs, wandb.init.return_value
-    assert begun["config"]["train"]["max_steps"] == 6 and begun["resume"] == "allow"
-    board.finish.assert_called_once_with()
-    logged = [call.args for call in board.log.call_args_list]
-    assert [step for _, step in logged] == [1, 2, 3, 3, 4, 5, 6, 6]
-    for numbers, step in logged:
-        (kind,) = {name.split("/")[0] for name in numbers}
-        record = records(tmp_path / "mosaic-tiny", kind)[step]
-        assert {f"{kind}/{k}": v for k, v in record.items() if k not in ("type", "step")
-                and v is not None} == numbers
 
 
 # ----------------------------------------------------- no waits for the device
