@@ -387,7 +387,7 @@ def ablation(paths: Paths, out: Out = "plots/ablation.png") -> None:
 
 
 PARTS = {  # of a step, as bench.dryrun names its kernels: the first that is found
-    "matmuls": r" (add)?mm \d", "attention": " bmm |attn|softmax|slack",
+    "matmuls": r" (add)?mm \d", "attention": "attn|attention|slack",
     "GeGLU, GELU": "_geglu|_gelu_",
     "LayerNorm, residuals, dropout": "layer_norm", "cross entropy": "cross_entropy",
     "bias gradients": "_sum_", "rest": ""}

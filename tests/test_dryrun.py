@@ -114,6 +114,7 @@ def test_the_figure_knows_the_kernels_by_part(tmp_path):
     parts = {
         "forward mm 65536 x 768 x 6144": "matmuls", "backward _attn_one_tile": "attention",
         "forward _zero_slack": "attention", "backward _geglu": "GeGLU, GELU",
+        "forward _scaled_dot_product_efficient_attention": "attention",
         "backward triton_per_fused_add_native_layer_norm_backward_sum_8":
             "LayerNorm, residuals, dropout",
         "forward _cross_entropy_rows": "cross entropy", "optimizer _fused_adamw_": "rest",
