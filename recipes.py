@@ -22,7 +22,8 @@ from records import BadInput
 
 @dataclass
 class TrainConfig:
-    """One run. Shares are of the whole, whose length is max_steps, max_tokens or max_minutes."""
+    """One run. Shares are of the whole, whose length is max_steps, max_tokens or max_minutes.
+    Defaults that presets change (rates, masking, lengths): PAPER, LAPTOP, NANO, make_presets."""
 
     # folders made by prepare_c4.py, default data/c4. Several are read as one: --data a --data b; as
     # a mixture with shares of documents (of windows, with --documents all): --data a:7 --data b:3

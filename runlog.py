@@ -181,7 +181,7 @@ class RunLog:
         self.clear(state)
 
     def eval(self, state: State, progress: float, found: dict[str, float]) -> None:
-        """A line about an evaluation, `found` by evaluate()."""
+        """A line about an evaluation, `found` by pretrain.evaluate()."""
         self.write("eval", **self.so_far(state), **found)
         self.say(f"step {state.step:,} {min(progress, 1):4.0%} | "
                  f"validation loss {found['loss']:.3f} acc {found['accuracy']:.3f}")
