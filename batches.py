@@ -40,6 +40,17 @@ def shuffled(index: np.ndarray, n: int, seed: int) -> np.ndarray:
     return out.astype(np.int64)
 
 
+def with_noisy_copy(text: np.ndarray, sep_id: int, rng: np.random.Generator) -> np.ndarray:
+    """The first half of `text` (n,), [SEP], and that half again with its tokens moved by up to six
+    places and a fifth of them replaced by those that follow: n tokens in all. What is masked on one
+    side is best looked up on the other."""
+    half = (len(text) - 1) // 2
+    part, rest = text[:half], text[half:]
+    order = np.argsort(np.arange(half) + rng.random(half) * 6)
+    copy = np.where(rng.random(half) < 0.2, rest[:half], part[order])
+    return np.concatenate([part, [sep_id], copy, rest[half + 1 :]])
+
+
 class Batch(NamedTuple):
     """A flat micro-batch on the CPU, before masking."""
 
@@ -47,6 +58,7 @@ class Batch(NamedTuple):
     cu_seqlens: Tensor  # (B+1,) int32
     special: Tensor  # (T,) bool: [CLS], [SEP] and markers, never masked
     n_documents: int
+    token_type_ids: Tensor | None = None  # (T,) int64, with --pairs: 1 from behind the middle [SEP]
 
 
 class Batches:
@@ -60,17 +72,18 @@ class Batches:
     corpora: folders that share one tokenizer. documents: "first" window of each or "all". shares:
     None reads them as one corpus; K numbers, one a corpus, draw windows from each in these
     proportions, exactly so in every BLOCK of them, each corpus in its own shuffled order and at its
-    own pace of epochs. ValueError (one line) for a split without documents.
+    own pace of epochs. pairs: share of windows that become with_noisy_copy(). ValueError (one line)
+    for a split without documents.
     """
 
     CHUNK = 65_536
     BLOCK = 1_000
 
     def __init__(self, corpora: list[Corpus], tokenizer: Tokenizer, seq_len: int, micro_tokens: int,
-                 documents: str, seed: int, shares: list[float] | None = None):
+                 documents: str, seed: int, shares: list[float] | None = None, pairs: float = 0.0):
         self.corpora, self.tokenizer = corpora, tokenizer
         self.seq_len, self.micro_tokens = seq_len, micro_tokens
-        self.documents, self.seed, self.body = documents, seed, seq_len - 2
+        self.documents, self.seed, self.body, self.pairs = documents, seed, seq_len - 2, pairs
         # first document of each corpus, all numbered as one
         self.first_document = np.cumsum([0] + [len(c) for c in corpora])
         self.lengths = np.concatenate([c.lengths for c in corpora])
@@ -130,9 +143,16 @@ class Batches:
                 while (last := int(np.searchsorted(ends, used + self.micro_tokens))) < len(ends):
                     start, cut = self.starts[-1] - first, int(ends[last]) - used - self.micro_tokens
                     one_token = int(lengths[last]) - cut == 1  # a rest of one token is a lone [CLS]
-                    self.n_special.append(2 * (last + 1 - start) - one_token)
+                    pairs = len(self._paired(len(self.n_special), lengths[start:last] - 2)[0])
+                    self.n_special.append(2 * (last + 1 - start) - one_token + pairs)
                     self.starts.append(first + last + 1)
                     used = int(ends[last])
+
+    def _paired(self, m: int, text: np.ndarray) -> tuple[np.ndarray, np.random.Generator]:
+        """Which windows of micro-batch m become pairs, and chance for these. `text`: tokens of each
+        but the last, which may be cut."""
+        rng = np.random.default_rng((self.seed, m))
+        return np.flatnonzero((rng.random(len(text)) < self.pairs) & (text >= 8)), rng
 
     def n_maskable(self, m: int) -> int:
         """Tokens of text in micro-batch m, known without reading it: ranks agree on the total."""
@@ -155,9 +175,17 @@ class Batches:
             ids[b - 1] = self.tokenizer.sep_id
             ids[a] = self.tokenizer.cls_id
         special[cu[:-1]] = special[cu[1:] - 1] = True
+        types = np.zeros_like(ids)
+        paired, rng = self._paired(m, length[:-1])
+        for i in paired:
+            a, b = cu[i] + 1, cu[i + 1] - 1
+            middle = a + (b - a - 1) // 2
+            ids[a:b] = with_noisy_copy(ids[a:b], self.tokenizer.sep_id, rng)
+            special[middle], types[middle + 1 : b + 1] = True, 1
         if self.tokenizer.markers:
             special |= np.isin(ids, self.tokenizer.markers)
-        return Batch(*map(torch.from_numpy, (ids, cu, special)), len(document))
+        types = torch.from_numpy(types) if self.pairs else None
+        return Batch(*map(torch.from_numpy, (ids, cu, special)), len(document), types)
 
     def epoch_tokens(self) -> int:
         """Tokens of all windows with [CLS] and [SEP]: an epoch, if corpora are read as one."""

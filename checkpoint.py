@@ -122,7 +122,7 @@ def resolve_start(preset: str, cfg: TrainConfig, world_size: int = 1) -> Start:
         raise ValueError(f"{', '.join(folders)} have different tokenizers; prepare all but the "
                          f"first with --tokenizer {folders[0]}")
     stream = cfg.seq_len, cfg.micro_tokens, cfg.documents, cfg.seed, shares
-    batches = Batches(corpora, tokenizer, *stream)
+    batches = Batches(corpora, tokenizer, *stream, cfg.pairs)
     stream = cfg.seq_len, min(EVAL_MICRO_TOKENS, cfg.eval_tokens), "all", 0, shares
     eval_batches = Batches([Corpus(folder, "val") for folder in folders], tokenizer, *stream)
     own = (find_checkpoints(run) or [None])[-1]

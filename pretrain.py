@@ -84,8 +84,9 @@ def pin(device: torch.device, *tensors: Tensor) -> list[Tensor]:
 
 def build(batches: Batches, m: int, device: torch.device) -> Batch:
     """Micro-batch m, pinned."""
-    *flat, n_documents = batches(m)
-    return Batch(*pin(device, *flat), n_documents)
+    batch = batches(m)
+    flat = {k: t for k, t in batch._asdict().items() if isinstance(t, Tensor)}
+    return batch._replace(**dict(zip(flat, pin(device, *flat.values()))))
 
 
 def build_ahead(batches: Batches, first: int, step: int, device: torch.device
@@ -101,12 +102,15 @@ def build_ahead(batches: Batches, first: int, step: int, device: torch.device
 
 
 def model_inputs(ids: Tensor, cu_seqlens: Tensor, masked_idx: Tensor, labels: Tensor, seq_len: int,
-                 device: torch.device) -> dict:
-    """A batch as arguments of MaskedLM: ids (T,), cu_seqlens (B+1,), masked_idx and labels (M,)."""
+                 device: torch.device, types: Tensor | None = None) -> dict:
+    """A batch as arguments of MaskedLM: ids and types (T,), cu_seqlens (B+1,), masked_idx and
+    labels (M,)."""
     flat = dict(cu_seqlens=cu_seqlens, masked_idx=masked_idx, labels=labels)
     flat = {k: t.to(device, non_blocking=True) for k, t in flat.items()}
     for t in flat.values():  # their lengths vary; without this, a compilation for each
         torch._dynamo.maybe_mark_dynamic(t, 0)
+    if types is not None:
+        flat["token_type_ids"] = types.to(device, non_blocking=True)
     return dict(input_ids=ids.to(device, non_blocking=True), max_seqlen=seq_len, **flat)
 
 
@@ -125,7 +129,8 @@ def masked_inputs(batches: Batches, m: int, batch: Batch, n_masked: int, corrupt
                   device: torch.device) -> dict:
     """Micro-batch m with `n_masked` tokens masked, as arguments of MaskedLM on the device."""
     ids, *masked = mask_tokens(batch, batches.tokenizer, n_masked, corruption, seed, m, device)
-    return model_inputs(ids, batch.cu_seqlens, *masked, batches.seq_len, device)
+    how = batches.seq_len, device, batch.token_type_ids
+    return model_inputs(ids, batch.cu_seqlens, *masked, *how)
 
 
 @torch.no_grad()

@@ -42,6 +42,7 @@ class TrainConfig:
 
     seq_len: int = 128  # tokens a document is cut at, [CLS] and [SEP] counted
     documents: Literal["first", "all"] = "first"  # windows of each: one (the paper) or every one
+    pairs: float = 0.0  # share of windows whose second half becomes a noisy copy of the first
     batch_tokens: int = 524_288  # tokens of a step over all processes (the paper: 4,096 × 128)
     micro_tokens: int = 65_536  # tokens of one forward and backward; lower it when memory runs out
 
@@ -169,6 +170,8 @@ def check_config(cfg: TrainConfig, world_size: int) -> None:
         (odd, f"{', '.join(odd)}: give whole steps, or a share of the run up to 1.0"),
         (min(cfg.warmup, cfg.cooldown) < 0 or cfg.cooldown == 1 or cfg.warmup + cfg.cooldown > 1,
          f"--warmup {cfg.warmup} and --cooldown {cfg.cooldown} are shares of one run"),
+        (not 0 <= cfg.pairs <= 1 or (cfg.pairs and cfg.model.n_token_types < 2),
+         f"--pairs {cfg.pairs}: give a share up to 1; the model needs two token types"),
         (cfg.cooldown_from and cfg.start_from,
          "--cooldown_from goes on with a run, --start_from begins one; give one of them"),
     ]:

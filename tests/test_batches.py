@@ -16,8 +16,9 @@ T, S = 1_024, 64
 
 
 def make(corpus_dir, tokenizer, documents="all", split="train", seed=3, micro_tokens=T,
-         seq_len=S) -> Batches:
-    return Batches([Corpus(corpus_dir, split)], tokenizer, seq_len, micro_tokens, documents, seed)
+         seq_len=S, **more) -> Batches:
+    how = tokenizer, seq_len, micro_tokens, documents, seed
+    return Batches([Corpus(corpus_dir, split)], *how, **more)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 255, 1_000, 70_000])
@@ -77,6 +78,29 @@ def test_long_streams_cross_epochs_and_planning_chunks(corpus_dir, tokenizer, mo
     large = make(corpus_dir, tokenizer)
     assert small.starts[-1] == 0 and torch.equal(small(m).input_ids, large(m).input_ids)
     assert large.starts[m] > large.n_windows, "the test reaches the second epoch"
+
+
+def test_pairs_are_a_text_and_its_noisy_copy_in_two_segments(corpus_dir, tokenizer):
+    """Their share of the windows; counted before they are built; others stay what they were."""
+    plain, paired = make(corpus_dir, tokenizer), make(corpus_dir, tokenizer, pairs=0.5)
+    n_windows, n_pairs, common = 0, 0, []
+    for m in range(60):
+        b, old, sep = paired(m), plain(m), tokenizer.sep_id
+        assert int((~b.special).sum()) == paired.n_maskable(m)
+        for i, j in zip(b.cu_seqlens[:-2].tolist(), b.cu_seqlens[1:-1].tolist()):
+            ids, types = b.input_ids[i:j].tolist(), b.token_type_ids[i:j].tolist()
+            n_windows += j - i >= 10
+            if 1 not in types:
+                assert ids == old.input_ids[i:j].tolist()
+                continue
+            half = (j - i - 3) // 2
+            assert [k for k, x in enumerate(ids) if x == sep] == [half + 1, j - i - 1]
+            assert types == [0] * (half + 2) + [1] * (j - i - half - 2)
+            first, second = ids[1 : half + 1], ids[half + 2 : 2 * half + 2]
+            assert old.input_ids[i + 1 : i + 1 + half].tolist() == first
+            common.append(len({*first} & {*second}) / len({*first}))
+            n_pairs += 1
+    assert 0.4 < n_pairs / n_windows < 0.6 and 0.8 < np.mean(common) < 0.95
 
 
 def test_threads_may_ask_at_once(corpus_dir, tokenizer, monkeypatch):

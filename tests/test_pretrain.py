@@ -553,7 +553,9 @@ def test_resume_is_bit_exact_after_sigkill(corpus_dir, tmp_path):
 
 
 def test_a_taught_run_resumes_bit_exactly_and_is_that_of_two_processes(stem, corpus_dir, tmp_path):
+    """On pairs, too."""
     args = f"{FAST} --max_steps 10 --micro_tokens 256 --lr 1e-2 --checkpoint_every 2 --eval_every 5"
+    args += " --pairs 0.5"
     for name, procs in ("whole", 1), ("two", 2):
         run(corpus_dir, tmp_path / name, f"{args} --teacher {stem}", procs=procs)
     copy = shutil.copytree(stem, tmp_path / "copy")
@@ -673,7 +675,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(corpus_dir, tmp_path, log_every)
 
 # ------------------------------------------------------------ torch.compile
 @pytest.mark.parametrize(("preset", "graphs"), [
-    ("mosaic-tiny", 2), ("bert-tiny", 2), ("nano-tiny --teacher", 3)])
+    ("mosaic-tiny", 2), ("bert-tiny", 2), ("nano-tiny --pairs 0.5 --teacher", 3)])
 def test_training_and_evaluation_compile_once(stem, corpus_dir, tmp_path, monkeypatch, here, preset,
                                               graphs):
     """Though numbers of documents, of masked tokens and, in evaluation, of tokens vary."""
@@ -681,8 +683,8 @@ def test_training_and_evaluation_compile_once(stem, corpus_dir, tmp_path, monkey
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     args = f"{FAST} --micro_tokens 256 --max_steps 4 --eval_every 2 --compile on --eval_tokens 256"
     torch._dynamo.reset()
-    preset, *teacher = preset.split()
-    here(corpus_dir, tmp_path, f"{args} {teacher[0]} {stem}" if teacher else args, preset)
+    preset, _, more = preset.partition(" ")
+    here(corpus_dir, tmp_path, f"{args} {more} {stem}" if more else args, preset)
     assert counter.frame_count == graphs
 
 
@@ -1143,6 +1145,7 @@ def test_no_step_waits_for_the_gpu(corpus_dir, tmp_path, monkeypatch, here, reci
     ("mosaic-tiny", "--eval_every 0", "--eval_every 0: too low"),
     ("mosaic-tiny", "--eval_every 2.5", "--eval_every 2.5: give whole steps, or a share of"),
     ("mosaic-tiny", "--pppl_tokens -1", "--pppl_tokens -1: too low"),
+    ("mosaic-tiny", "--pairs 0.5 --model.n_token_types 1", "--pairs 0.5: give a share up to 1"),
 ])
 def test_bad_settings_are_one_line_and_leave_nothing(
         here, tmp_path, corpus_dir, foreign_corpus, preset, args, message):
