@@ -72,24 +72,28 @@ def load_start(start_from: str, tokenizer: Tokenizer, data: str, flag="--start_f
     return model
 
 
+# what a run does with earlier weights, and the flags that name them
+EARLIER = {"began_from": ("began from", "cooldown_from", "start_from"),
+           "taught_by": ("was taught by", "teacher")}
+
+
 def earlier_weights(given: str, old: dict, key: str) -> tuple[list | None, Path | None]:
-    """([folder, checksum], where they are now) of the weights that a run begins from (`key`
-    began_from) or is taught by; (None, None) without. One that goes on, with the settings `old`,
-    keeps what is recorded even if those weights are gone since: (recorded, None). ValueError if
-    others are in their place now, or in the place that is given instead."""
+    """([folder, checksum], where they are now) of the weights that the flags of EARLIER[key] name;
+    (None, None) without. A run that goes on, with the settings `old`, keeps what is recorded even
+    if those weights are gone since: (recorded, None). ValueError if others are in their place now,
+    or in the place that is given instead."""
     if not given:
         return None, None
     if not (recorded := old.get(key)):
         folder = find_folder(given)
         return [str(folder), weights_checksum(folder)], folder
-    folder, checksum = Path(recorded[0]), recorded[1]
+    (verb, *flags), folder, checksum = EARLIER[key], Path(recorded[0]), recorded[1]
     places = [folder] if folder.is_dir() else []
-    if given not in (old["cooldown_from"], old["start_from"], old["teacher"]):  # moved, or another
+    if given not in [old[flag] for flag in flags]:  # moved, or something else
         places = [p for p in (find_folder(given), Path(given) / "ckpt" / folder.name) if p.is_dir()]
     same = [p for p in places if weights_checksum(p) == checksum]
     if places and not same:
-        did = "began from" if key == "began_from" else "was taught by"
-        raise ValueError(f"the run {did} other weights than {places[0]} has now; "
+        raise ValueError(f"the run {verb} other weights than {places[0]} has now; "
                          "give this one another --name")
     return recorded, (same or [None])[0]
 

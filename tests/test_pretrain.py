@@ -563,6 +563,10 @@ def test_a_taught_run_resumes_bit_exactly_and_is_that_of_two_processes(stem, cor
         said = run(corpus_dir, tmp_path / "killed", f"{args} --teacher {at}", **how)
     assert "continuing at step 4 " in said
     run(corpus_dir, tmp_path / "alone", args)
+    begun = f"{args} --start_from {tmp_path}/alone/mosaic-tiny --teacher".replace(SHAPE, "")
+    run(corpus_dir, tmp_path / "begun", f"{begun} {stem}")
+    said = run(corpus_dir, tmp_path / "begun", f"{begun} {tmp_path}/alone/mosaic-tiny", code=1)
+    assert "the run was taught by other weights than" in said, "not a name of its other weights"
     whole, killed, two, alone = (tmp_path / k / "mosaic-tiny" for k in
                                  ("whole", "killed", "two", "alone"))
     assert_same_run(whole, killed)
