@@ -143,8 +143,10 @@ class Batches:
                 while (last := int(np.searchsorted(ends, used + self.micro_tokens))) < len(ends):
                     start, cut = self.starts[-1] - first, int(ends[last]) - used - self.micro_tokens
                     one_token = int(lengths[last]) - cut == 1  # a rest of one token is a lone [CLS]
-                    pairs = len(self._paired(len(self.n_special), lengths[start:last] - 2)[0])
-                    self.n_special.append(2 * (last + 1 - start) - one_token + pairs)
+                    self.n_special.append(2 * (last + 1 - start) - one_token)
+                    if self.pairs:  # each has a [SEP] more
+                        m, text = len(self.n_special) - 1, lengths[start:last] - 2
+                        self.n_special[m] += len(self._paired(m, text)[0])
                     self.starts.append(first + last + 1)
                     used = int(ends[last])
 
@@ -175,16 +177,17 @@ class Batches:
             ids[b - 1] = self.tokenizer.sep_id
             ids[a] = self.tokenizer.cls_id
         special[cu[:-1]] = special[cu[1:] - 1] = True
-        types = np.zeros_like(ids)
-        paired, rng = self._paired(m, length[:-1])
-        for i in paired:
-            a, b = cu[i] + 1, cu[i + 1] - 1
-            middle = a + (b - a - 1) // 2
-            ids[a:b] = with_noisy_copy(ids[a:b], self.tokenizer.sep_id, rng)
-            special[middle], types[middle + 1 : b + 1] = True, 1
+        types = None
+        if self.pairs:
+            types, (paired, rng) = np.zeros_like(ids), self._paired(m, length[:-1])
+            for i in paired:
+                a, b = cu[i] + 1, cu[i + 1] - 1
+                middle = a + (b - a - 1) // 2
+                ids[a:b] = with_noisy_copy(ids[a:b], self.tokenizer.sep_id, rng)
+                special[middle], types[middle + 1 : b + 1] = True, 1
+            types = torch.from_numpy(types)
         if self.tokenizer.markers:
             special |= np.isin(ids, self.tokenizer.markers)
-        types = torch.from_numpy(types) if self.pairs else None
         return Batch(*map(torch.from_numpy, (ids, cu, special)), len(document), types)
 
     def epoch_tokens(self) -> int:

@@ -133,6 +133,16 @@ def masked_inputs(batches: Batches, m: int, batch: Batch, n_masked: int, corrupt
     return model_inputs(ids, batch.cu_seqlens, *masked, *how)
 
 
+def training_inputs(batches: Batches, m: int, batch: Batch, n_masked: int, cfg: TrainConfig,
+                    device: torch.device, teacher, autocast) -> dict:
+    """masked_inputs() with what the teacher, if there is one, says of them."""
+    how = n_masked, cfg.corruption, cfg.seed, device
+    inputs = masked_inputs(batches, m, batch, *how)
+    if teacher is not None:
+        inputs["teacher_gradient"] = ask_teacher(teacher, inputs, autocast)
+    return inputs
+
+
 @torch.no_grad()
 def evaluate(forward, model: MaskedLM, cfg: TrainConfig, batches: Batches, autocast
              ) -> dict[str, float]:
@@ -200,10 +210,8 @@ def compile_now(forward, model: MaskedLM, teacher, cfg: TrainConfig, batches: Ba
     """A forward and backward for nothing, so that compilation is not counted as training."""
     device = next(model.parameters()).device
     n_masked = count_masked(batches, m, recipes.masking_rate(cfg.masking, 0.5))
-    how = n_masked, cfg.corruption, cfg.seed, device
-    inputs = masked_inputs(batches, m, build(batches, m, device), *how)
-    if teacher is not None:
-        inputs["teacher_gradient"] = ask_teacher(teacher, inputs, autocast)
+    batch, how = build(batches, m, device), (cfg, device, teacher, autocast)
+    inputs = training_inputs(batches, m, batch, n_masked, *how)
     with autocast:
         loss, _ = forward(**inputs)
     loss.backward()
@@ -252,10 +260,8 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         for i in range(n_micro // world):
             m, batch = next(ahead)
             torch.manual_seed(cfg.seed * 1_000_003 + m)  # dropout depends on the micro-batch only
-            how = masked[m], cfg.corruption, cfg.seed, device
-            inputs = masked_inputs(batches, m, batch, *how)
-            if teacher is not None:
-                inputs["teacher_gradient"] = ask_teacher(teacher, inputs, autocast)
+            how = cfg, device, teacher, autocast
+            inputs = training_inputs(batches, m, batch, masked[m], *how)
             syncs = world == 1 or i == n_micro // world - 1
             with nullcontext() if syncs else forward.no_sync():
                 with autocast:
