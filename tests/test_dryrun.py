@@ -18,6 +18,7 @@ if not shutil.which("g++"):
 
 import plots
 from bench.dryrun import main
+from recipes import make_presets
 
 # in each micro-batch a wait and a copy from memory that is not pinned; then an index by a mask
 PLANTS = """
@@ -61,6 +62,13 @@ def test_a_step_waits_for_nothing_and_every_operation_has_a_kernel(preset, tmp_p
         d, ff = 768, 3_072
         weights = 2 * 3 * d * d + 1.3 * (d * d + 3 * d * ff) + 0.3 * (d * d + d * 30_528)
         assert gemms == pytest.approx(6 * 65_536 * weights / 1e12, rel=0.03)
+
+
+@pytest.mark.parametrize("preset", sorted({*make_presets()} - {"mosaic-base", "bert-base"}))
+def test_nor_does_a_step_of_any_other_preset(preset, tmp_path):
+    result = dry_run(tmp_path / "out.json", preset, "--layers", "2")
+    assert result["unexpected"] == []
+    assert result["waits"] == {"log": 2, "evaluation": 2, "checkpoint": 2}
 
 
 def test_planted_waits_and_copies_are_found(tmp_path):
