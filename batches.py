@@ -145,8 +145,8 @@ class Batches:
                     one_token = int(lengths[last]) - cut == 1  # a rest of one token is a lone [CLS]
                     self.n_special.append(2 * (last + 1 - start) - one_token)
                     if self.pairs:  # each has a [SEP] more
-                        m, text = len(self.n_special) - 1, lengths[start:last] - 2
-                        self.n_special[m] += len(self._paired(m, text)[0])
+                        paired, _ = self._paired(len(self.starts) - 1, lengths[start:last] - 2)
+                        self.n_special[-1] += len(paired)
                     self.starts.append(first + last + 1)
                     used = int(ends[last])
 
