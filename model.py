@@ -123,18 +123,22 @@ PRESETS = {f"{family}-{size}": shape | ingredients
            for size, shape in SIZES.items()}
 
 
-def flops_per_token(cfg: EncoderConfig, s_eff: float, masked_share: float) -> float:
+def flops_per_token(cfg: EncoderConfig, s_eff: float, masked_share: float,
+                    narrow_layers: float = 1.0) -> float:
     """Training FLOPs (forward + backward) per real token, the numerator of MFU.
 
     `6 N_layers + 12 L d s_eff + 6 p (d² + d V)`: every weight of a layer does 2 FLOPs forward and 4
     backward, attention's two matmuls see `s_eff` keys a token (E[len²]/E[len] over the documents),
     the MLM head runs on the masked share `p` only. Embeddings are look-ups and count nothing. The
-    last layer's saving is not subtracted, so that the number compares with other codebases.
+    last layer's saving is not subtracted, so that the number compares with other codebases; that of
+    more `narrow_layers`, a mean over the run, is.
     """
     d, ff = cfg.d_model, cfg.d_ff
-    per_layer = 4 * d * d + (2 if cfg.mlp == "gelu" else 3) * d * ff
+    behind_attention = d * d + (2 if cfg.mlp == "gelu" else 3) * d * ff
+    layers = cfg.n_layers * (3 * d * d + behind_attention)
+    layers -= (narrow_layers - 1) * (1 - masked_share) * behind_attention
     head = 6 * masked_share * (d * d + d * cfg.padded_vocab_size)
-    return 6 * cfg.n_layers * per_layer + 12 * cfg.n_layers * d * s_eff + head
+    return 6 * layers + 12 * cfg.n_layers * d * s_eff + head
 
 
 # ----------------------------------------------------------------------------- layers
@@ -359,26 +363,34 @@ class Encoder(Pretrained):
         self.init_weights()
 
     def flat(self, input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, token_type_ids=None,
-             rows: Tensor | None = None) -> Tensor:
+             rows: Tensor | None = None, narrow_layers: int = 1) -> Tensor:
         """The training path. Padding does not exist here.
 
         input_ids (T,) int64 · cu_seqlens (B+1,) int32, from 0 to at most T, repeats allowed (empty
         documents) · max_seqlen: no document is longer · token_type_ids (T,), default all 0 · rows
         (R,) int64: those wanted. Returns (T, d), or (R, d) with `rows`. Rows behind the last
         document mean nothing.
+
+        narrow_layers: the last ones, in which after attention only `rows` go on (NarrowBERT, Li et
+        al. 2023, arXiv 2301.04761). With more than one, which is for training, the others leave
+        these layers as they came in, keys and values for `rows` (none of them negative).
         """
         if self.cfg.position == "learned" and max_seqlen > self.cfg.max_positions:
             raise ValueError(
                 f"a document of {max_seqlen} tokens does not fit the {self.cfg.max_positions} "
                 "learned positions; cut it, raise max_positions, or use ALiBi")
         x = self.embeddings(input_ids, cu_seqlens, token_type_ids)
+        n = len(self.layers)
         for i, layer in enumerate(self.layers):
-            last = i == self.cfg.n_layers - 1 and self.cfg.masked_only_last_layer
-            args = (x, cu_seqlens, max_seqlen, rows if last else None)
+            last = i == n - 1
+            narrow = not last or self.cfg.masked_only_last_layer
+            narrow = rows is not None and i >= n - narrow_layers and narrow
+            args = (x, cu_seqlens, max_seqlen, rows if narrow else None)
             if self.cfg.activation_checkpointing and self.training:
-                x = checkpoint(layer, *args, use_reentrant=False)
+                h = checkpoint(layer, *args, use_reentrant=False)
             else:
-                x = layer(*args)
+                h = layer(*args)
+            x = h if last or not narrow else x.index_copy(0, rows, h.to(x.dtype))
         if rows is not None and not self.cfg.masked_only_last_layer:
             x = kernels.gather_rows(x, rows)
         return x if self.final_norm is None else self.final_norm(x)
@@ -490,16 +502,18 @@ class MaskedLM(Pretrained):
             self.head.decoder.weight = self.encoder.embeddings.word.weight
 
     def forward(self, *inputs, labels: Tensor | None = None, masked_idx=None, teacher_gradient=None,
-                **documents):
+                narrow_layers: int = 1, **documents):
         """Flat (with cu_seqlens): input_ids (T,), masked_idx (M,) rows to predict, labels (M,) true
             ids. Returns logits (M, V), or with labels (loss summed over M, number of correct
             predictions), fp32: a sum, because only the trainer knows how many masked tokens the
-            whole batch has over all processes. teacher_gradient (M, V): see DecoderLoss.
+            whole batch has over all processes. teacher_gradient (M, V): see DecoderLoss;
+            narrow_layers: see Encoder.flat.
         Padded: input_ids, attention_mask, labels (B, S), labels -100 where nothing is to be
             predicted. Returns logits (B, S, V), or with labels (mean loss, logits).
         """
         flat, padding = _as_flat(*inputs, **documents)
-        h = self.encoder.flat(**flat, rows=masked_idx)  # (M, d) flat, (T, d) padded
+        how = dict(rows=masked_idx, narrow_layers=narrow_layers)
+        h = self.encoder.flat(**flat, **how)  # (M, d) flat, (T, d) padded
         if labels is not None and padding is None:
             return self.head.loss(h, labels, teacher_gradient)
         logits = self.head(h)

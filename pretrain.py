@@ -211,10 +211,11 @@ def compile_now(forward, model: MaskedLM, teacher, cfg: TrainConfig, batches: Ba
     device = next(model.parameters()).device
     n_masked = count_masked(batches, m, recipes.masking_rate(cfg.masking, 0.5))
     batch, how = build(batches, m, device), (cfg, device, teacher, autocast)
-    inputs = training_inputs(batches, m, batch, n_masked, *how)
-    with autocast:
-        loss, _ = forward(**inputs)
-    loss.backward()
+    for narrow in {cfg.narrow_layers, 1}:
+        inputs = training_inputs(batches, m, batch, n_masked, *how)
+        with autocast:
+            loss, _ = forward(**inputs, narrow_layers=narrow)
+        loss.backward()
     model.zero_grad(set_to_none=True)
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -253,6 +254,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     while progress < 1.0:
         rate = recipes.masking_rate(cfg.masking, recipes.stem_done(state.branch, progress))
         scale = recipes.lr_scale(cfg, state.branch, progress)
+        narrow = recipes.narrow_layers(cfg, state.branch, progress)
         n_micro = cfg.batch_tokens // cfg.micro_tokens  # over all processes
         numbers = range(state.micro, state.micro + n_micro)
         masked = {m: count_masked(batches, m, rate) for m in numbers}
@@ -265,7 +267,8 @@ def train(preset: str, cfg: TrainConfig) -> Path:
             syncs = world == 1 or i == n_micro // world - 1
             with nullcontext() if syncs else forward.no_sync():
                 with autocast:
-                    loss, n_correct = forward(**inputs)  # the loss is a sum over masked tokens
+                    # the loss is a sum over masked tokens
+                    loss, n_correct = forward(**inputs, narrow_layers=narrow)
                 # so the mean is right whatever the split; DDP averages over processes: undo that
                 (loss * (world / n_masked)).backward()
             log.add(loss, n_correct, masked[m], batch.n_documents)

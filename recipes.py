@@ -60,6 +60,7 @@ class TrainConfig:
 
     masking: str = "constant:0.3"  # constant:p | linear:p:q | cosine:p:q | step:p:q@share
     corruption: Literal["80/10/10", "mask"] = "80/10/10"  # [MASK]/random/kept, or all [MASK]
+    narrow_layers: int = 1  # last layers computed where masked only, but for the last `cooldown`
 
     eval_every: int | float = 0.05  # steps (1, 200) or share of the run (0.05; 1.0: at its end)
     eval_tokens: int = 1_048_576  # of the validation split; always the same, 15 % masked
@@ -152,6 +153,7 @@ def check_config(cfg: TrainConfig, world_size: int) -> None:
     passes = cfg.batch_tokens / max(cfg.micro_tokens * world_size, 1)
     lowest = dict.fromkeys(("eval_every", "checkpoint_every", "log_every", "eval_tokens"), 1e-9)
     lowest |= dict.fromkeys(("seed", "lr", "muon_lr", "grad_clip", "pppl_tokens"), 0)
+    lowest["narrow_layers"] = 1
     low = [f"--{k} {getattr(cfg, k)}" for k, least in lowest.items() if getattr(cfg, k) < least]
     odd = [f"--{k} {every}" for k in ("eval_every", "checkpoint_every")
            if (every := getattr(cfg, k)) > 1 and every % 1]
@@ -227,6 +229,12 @@ def lr_scale(cfg: TrainConfig, branch: Branch | None, progress: float) -> float:
     if progress <= start:
         return 1.0
     return 1.0 + (cfg.final_lr - 1.0) * min((progress - start) / (1.0 - start), 1.0)
+
+
+def narrow_layers(cfg: TrainConfig, branch: Branch | None, progress: float) -> int:
+    """Layers that go on at the masked positions only: in the end, and in a branch, the last, as a
+    finished encoder is used at every position."""
+    return 1 if branch or progress >= 1.0 - cfg.cooldown else cfg.narrow_layers
 
 
 def stem_done(branch: Branch | None, progress: float) -> float:

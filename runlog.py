@@ -55,7 +55,9 @@ class RunLog:
         self.price = cfg.gpu_dollars_per_hour if on_gpu else 0.0
         self.peak = peak_tflops(name) if on_gpu else None
         rate, length = mean_masking_rate(cfg.masking), start.batches.effective_length()
-        self.flops = flops_per_token(cfg.model, length, rate)
+        stem = 0.0 if state.branch else 1.0 - cfg.cooldown
+        narrow = 1 + stem * (min(cfg.narrow_layers, cfg.model.n_layers) - 1)
+        self.flops = flops_per_token(cfg.model, length, rate, narrow)
         if start.teacher:  # forward only
             self.flops += flops_per_token(start.teacher.cfg, length, rate) / 3
         # earlier lives of the run, perhaps on other GPUs; a branch has cost what its stem had

@@ -201,15 +201,40 @@ def test_masked_only_equals_full_in_value_and_gradient(norm):
     torch.testing.assert_close(*results, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_through_narrow_layers_the_masked_go_on_and_the_others_stay_as_they_were(norm):
+    (ids, cu, S), idx = flat_batch(), torch.tensor([1, 5, 7, 20])
+    model = MaskedLM(small(norm=norm, n_layers=3, **NO_DROPOUT)).double()
+    encoder, masked, results = model.encoder, torch.zeros(len(ids), 1).index_fill(0, idx, 1), []
+    for by_hand in (True, False):
+        model.zero_grad()
+        if by_hand:
+            x = encoder.embeddings(ids, cu)
+            for i, layer in enumerate(encoder.layers):
+                x = torch.where((masked == 1) | (i == 0), layer(x, cu, S, None), x)
+            x = x[idx] if norm == "post" else encoder.final_norm(x[idx])
+            logits = model.head(x)
+        else:
+            logits = model(ids, cu_seqlens=cu, max_seqlen=S, masked_idx=idx, narrow_layers=2)
+        logits.logsumexp(1).sum().backward()
+        results.append((logits, {k: p.grad for k, p in model.named_parameters()}))
+    torch.testing.assert_close(*results, atol=1e-10, rtol=0)
+    wide = model(ids, cu_seqlens=cu, max_seqlen=S, masked_idx=idx)
+    assert not torch.allclose(wide, results[0][0], atol=1e-6)
+
+
 def test_each_matmul_sees_real_tokens_and_the_last_ones_only_the_masked():
     """Rows of the linear layers in their order: nothing is padded again on the training path."""
     (ids, cu, S), idx, linear = flat_batch(), torch.tensor([2, 9, 11]), F.linear
     T, M = len(ids), len(idx)
-    for masked_only, expected in (True, [T] * 5 + [M] * 5), (False, [T] * 8 + [M] * 2):
+    for masked_only, narrow, expected in [
+            (True, 1, [T] * 5 + [M] * 5), (False, 1, [T] * 8 + [M] * 2),
+            (True, 9, [T] + [M] * 3 + [T] + [M] * 5)]:
         model, seen = MaskedLM(small(masked_only_last_layer=masked_only)), []
         count = lambda x, *rest, seen=seen: (seen.append(len(x)), linear(x, *rest))[1]
         with patch.object(F, "linear", count):
-            model(ids, cu_seqlens=cu, max_seqlen=S, masked_idx=idx, labels=ids[idx])
+            model(ids, cu_seqlens=cu, max_seqlen=S, masked_idx=idx, labels=ids[idx],
+                  narrow_layers=narrow)
         assert seen == expected
 
 

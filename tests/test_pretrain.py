@@ -39,7 +39,7 @@ from checkpoint import State
 from corpus.shards import Corpus
 from corpus.tokenizer import Tokenizer
 from model import EncoderConfig, MaskedLM, find_checkpoints
-from recipes import TrainConfig, lr_scale, masking_rate, mean_masking_rate
+from recipes import TrainConfig, lr_scale, masking_rate, mean_masking_rate, narrow_layers
 from records import read_json
 
 SHAPE = "--model.n_layers 1 --model.d_model 32 --model.d_ff 64 --model.n_heads 2"
@@ -229,6 +229,8 @@ def foreign_corpus(tmp_path_factory):
 
 STEM = f"{FAST} --micro_tokens 256 --optimizer adamw --lr 1e-2 --max_steps 50"
 STEM += " --checkpoint_every 10 --eval_every 50 --pppl_tokens 256 --masking linear:0.3:0.15"
+NARROW = " --model.n_layers 2 --narrow_layers 2"
+STEM += NARROW
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +296,12 @@ def test_learning_rate_schedules():
     wsd = TrainConfig(schedule="wsd", warmup=0.1, cooldown=0.2, final_lr=0.0)
     scales = [lr_scale(wsd, None, done) for done in (0.05, 0.1, 0.8, 0.9, 1.0)]
     assert scales == pytest.approx([0.5, 1, 1, 0.5, 0])
+
+
+def test_layers_are_narrow_until_the_cooldown_and_never_in_a_branch():
+    cfg, branch = TrainConfig(narrow_layers=3, cooldown=0.2), recipes.Branch(512, 0.5, 1.0, 512)
+    assert [narrow_layers(cfg, None, done) for done in (0, 0.79, 0.8, 1.0)] == [3, 3, 1, 1]
+    assert narrow_layers(cfg, branch, 0.0) == 1
 
 
 def test_paper_recipes():
@@ -553,16 +561,16 @@ def test_resume_is_bit_exact_after_sigkill(corpus_dir, tmp_path):
 
 
 def test_a_taught_run_resumes_bit_exactly_and_is_that_of_two_processes(stem, corpus_dir, tmp_path):
-    """On pairs, too."""
+    """On pairs and with narrow layers, too."""
     args = f"{FAST} --max_steps 10 --micro_tokens 256 --lr 1e-2 --checkpoint_every 2 --eval_every 5"
     args += " --pairs 0.5"
     for name, procs in ("whole", 1), ("two", 2):
-        run(corpus_dir, tmp_path / name, f"{args} --teacher {stem}", procs=procs)
+        run(corpus_dir, tmp_path / name, f"{args}{NARROW} --teacher {stem}", procs=procs)
     copy = shutil.copytree(stem, tmp_path / "copy")
     for at, how in (stem, dict(fault=partial(die_at, "os.rename", 3), code=-9)), (copy, {}):
-        said = run(corpus_dir, tmp_path / "killed", f"{args} --teacher {at}", **how)
+        said = run(corpus_dir, tmp_path / "killed", f"{args}{NARROW} --teacher {at}", **how)
     assert "continuing at step 4 " in said
-    run(corpus_dir, tmp_path / "alone", args)
+    run(corpus_dir, tmp_path / "alone", args + NARROW)
     begun = f"{args} --start_from {tmp_path}/alone/mosaic-tiny --teacher".replace(SHAPE, "")
     run(corpus_dir, tmp_path / "begun", f"{begun} {stem}")
     said = run(corpus_dir, tmp_path / "begun", f"{begun} {tmp_path}/alone/mosaic-tiny", code=1)
@@ -679,7 +687,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(corpus_dir, tmp_path, log_every)
 
 # ------------------------------------------------------------ torch.compile
 @pytest.mark.parametrize(("preset", "graphs"), [
-    ("mosaic-tiny", 2), ("bert-tiny", 2), ("nano-tiny --pairs 0.5 --teacher", 3)])
+    ("mosaic-tiny", 2), ("bert-tiny", 2), (f"nano-tiny{NARROW} --pairs 0.5 --teacher", 4)])
 def test_training_and_evaluation_compile_once(stem, corpus_dir, tmp_path, monkeypatch, here, preset,
                                               graphs):
     """Though numbers of documents, of masked tokens and, in evaluation, of tokens vary."""
@@ -712,7 +720,8 @@ def branch(stem: Path, step: int, *args: str) -> list[str]:
 
 
 def test_a_branch_where_the_cooldown_begins_ends_with_the_weights_of_the_run_itself(stem, here):
-    """Masking from 30 to 15 % too. Settings come from the stem; cost and tokens count on."""
+    """Masking from 30 to 15 % too, and no layer narrow. Settings come from the stem; cost and
+    tokens count on."""
     said = here(branch(stem, 40))
     folder = stem.with_name("nano-tiny-cooldown-40")
     assert "annealing" in said and "step_00000040" in said
@@ -785,7 +794,7 @@ def test_a_branch_goes_on_from_where_a_run_with_a_time_budget_or_another_branch_
 @pytest.mark.parametrize(("args", "message"), [
     ("mosaic-tiny --cooldown_from STEM", "is of preset nano-tiny, not mosaic-tiny"),
     ("nano-tiny --cooldown_from STEM --optimizer muon", "keeps its run's --"),
-    ("nano-tiny --cooldown_from STEM --model.n_layers 2", "keeps its run's --"),
+    ("nano-tiny --cooldown_from STEM --model.n_layers 3", "keeps its run's --"),
     ("nano-tiny --cooldown_from no/such/step_00000001", "no/such/step_00000001: no checkpoint"),
     ("nano-tiny --cooldown-from=no/such/run", "no/such/run: no checkpoint"),
     ("nano-tiny --cooldown_from STEM --max_steps 60", "keeps its run's --max_steps"),
@@ -1067,7 +1076,8 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
 
 
 # ----------------------------------------------------- no waits for the device
-RECIPES = ["--optimizer adamw", "--optimizer muon --masking linear:0.3:0.15 --grad_clip 1"]
+RECIPES = ["--optimizer adamw",
+           "--optimizer muon --masking linear:0.3:0.15 --grad_clip 1 --narrow_layers 2"]
 
 
 class CountWaits(TorchDispatchMode):
@@ -1123,7 +1133,7 @@ def test_no_step_waits_for_the_gpu(corpus_dir, tmp_path, monkeypatch, here, reci
     args += f" --micro_tokens {micro_tokens} --batch_tokens {4 * micro_tokens} --compile {compile}"
     args += f" --max_steps 20 --log_every {NEVER} --eval_every {NEVER} --checkpoint_every {NEVER}"
     try:
-        here(corpus_dir, tmp_path, f"{args} {recipe}")
+        here(corpus_dir, tmp_path, f"{args} --model.n_layers 2 {recipe}")
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -1136,6 +1146,7 @@ def test_no_step_waits_for_the_gpu(corpus_dir, tmp_path, monkeypatch, here, reci
     ("mosaic-tiny", "--max_steps 0", "give the run a length"),
     ("mosaic-tiny", "--grad_clip -1", "--grad_clip -1.0: too low"),
     ("mosaic-tiny", "--seed -1", "--seed -1: too low"),
+    ("mosaic-tiny", "--narrow_layers 0", "--narrow_layers 0: too low"),
     ("mosaic-tiny", "--masking constant:2", "--masking"),
     ("mosaic-tiny", "--model.n_heads 5", "not a multiple of n_heads 5"),
     ("bert-tiny", "--seq_len 1024", "beyond the 512 learned positions"),
