@@ -8,6 +8,7 @@ The large one computes what the small one does (bert2BERT's function-preserving 
 differ by noise that cancels). Heads keep their number, so their slopes, and become twice as wide.
 """
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,8 +50,9 @@ def grow(small: MaskedLM, n_layers: int, seed: int = 0) -> MaskedLM:
     def qkv(w: Tensor) -> Tensor:
         """(3 d, i) -> (6 d, 2 i), or the bias as (3 d, 1) -> (6 d, 2)."""
         q, k, v = w.chunk(3)
-        q, k = (twice(x, cfg.d_model // 2) * 2**0.25 for x in (q, k))  # pairs of columns; 1/√(2D)
-        q.view(-1, 2, 2, q.shape[1])[:, 1] = 0
+        n = cfg.d_model // 2 if "rope" in cfg.position else heads  # RoPE turns pairs of columns
+        q, k = (twice(x, n) * 2**0.25 for x in (q, k))  # 1/√(2D)
+        q.unflatten(0, (n, 2, -1))[:, 1] = 0
         return torch.cat([q, k, twice(v, heads)])
 
     new, old = large.state_dict(), small.state_dict()
@@ -83,16 +85,21 @@ def grow(small: MaskedLM, n_layers: int, seed: int = 0) -> MaskedLM:
 
 
 def write_grown(cfg: Config) -> None:
-    """Grow a checkpoint and write it with its tokenizer. BadInput for fewer layers than now."""
+    """Grow a checkpoint and write it with its tokenizer, whole or not at all. BadInput for fewer
+    layers than now, and for a folder that is there, which may hold a run."""
     source, out = find_folder(cfg.run), Path(cfg.out)
     small, tokenizer = MaskedLM.from_pretrained(source), Tokenizer.load(source)
     n_layers = cfg.n_layers or small.cfg.n_layers
     if n_layers < small.cfg.n_layers:
         raise BadInput(f"--n_layers {n_layers}: {source} has {small.cfg.n_layers} already")
-    make_folder(out)
-    large = grow(small, n_layers, cfg.seed)
-    large.save_pretrained(out)
-    tokenizer.save(out)
+    if out.exists():
+        raise BadInput(f"--out {out} exists; remove it or give another")
+    make_folder(out.parent)
+    large, unfinished = grow(small, n_layers, cfg.seed), out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    large.save_pretrained(unfinished)
+    tokenizer.save(unfinished)
+    unfinished.rename(out)
     print(f"wrote {out}: {small.n_params():,} -> {large.n_params():,} parameters")
 
 

@@ -13,12 +13,13 @@ INPUTS = dict(input_ids=torch.arange(90) * 7 % 320, max_seqlen=50,
 
 
 @pytest.mark.parametrize("shape", [dict(position="rope-alibi", alibi_ratio=8.0), dict(
-    position="learned", mlp="gelu", norm="pre"), dict(tie_head=False, bias=False)])
+    position="learned", mlp="gelu", norm="pre"), dict(tie_head=False, bias=False),
+    dict(d_model=33, n_heads=3)])
 @pytest.mark.parametrize("n_layers", [2, 4])
 def test_a_grown_encoder_has_the_logits_of_the_small_one(tokenizer, shape, n_layers):
     small = random_mlm(tokenizer, **shape)
     large = grow(small, n_layers)
-    assert (large.cfg.d_model, large.cfg.n_layers) == (64, n_layers)
+    assert (large.cfg.d_model, large.cfg.n_layers) == (2 * small.cfg.d_model, n_layers)
     assert (large(**INPUTS) - small(**INPUTS)).abs().max() < 1e-5
 
 
@@ -37,3 +38,5 @@ def test_the_command_writes_weights_with_their_tokenizer(tokenizer, tmp_path):
     assert tokenizer.same_as(Tokenizer.load(tmp_path / "large"))
     with refused("--n_layers 1: ", " has 2 already"):
         main([str(tmp_path / "small"), "--n_layers", "1", "--out", str(tmp_path / "other")])
+    with refused("small exists; remove it"):
+        main([str(tmp_path / "small"), "--out", str(tmp_path / "small")])
