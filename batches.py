@@ -107,6 +107,8 @@ class Batches:
         self.block_source = np.searchsorted(ends, order, side="right")
         is_of = self.block_source[:, None] == np.arange(len(ends))  # (BLOCK, K)
         self.block_rank, self.block_sizes = is_of.cumsum(0)[is_of] - 1, is_of.sum(0)
+        if any(share and not n for share, n in zip(shares, self.block_sizes)):
+            raise ValueError("--data: a share of about 0.001 would never be drawn here; raise it")
         self.starts = [0]  # place in the stream where each micro-batch begins
         self.n_special: list[int] = []  # [CLS] and [SEP] in each
         self.planning = threading.Lock()  # the loop asks for counts while a thread builds a batch

@@ -340,6 +340,8 @@ class Pretrained(nn.Module):
                 kwargs, weights = _from_hf_layout(config, weights)
             except KeyError as e:
                 raise ValueError(f"{folder}/config.json has no {e}") from None
+        if kwargs.get("attention") == "triton":  # what auto is where it runs
+            kwargs["attention"] = "auto"
         cfg = replace(EncoderConfig(**kwargs), **overrides)
         if not issubclass(cls, SequenceClassifier | TokenClassifier):
             model = cls(cfg)

@@ -127,7 +127,8 @@ def make_variants(cfg: Config) -> list[Variant]:
         raise BadInput("a sweep needs at least one preset, one seed and one budget")
     for preset, (change, own) in product(cfg.presets, [("", []), *map(read_variant, cfg.vary)]):
         flags = ["--schedule", "wsd", *shlex.split(cfg.flags), *own]  # of two the last counts
-        if taken := OURS & {flag[2:].partition("=")[0] for flag in flags if flag[:2] == "--"}:
+        given = [flag[2:].partition("=")[0] for flag in flags if flag[:2] == "--"]
+        if taken := OURS & {flag.replace("-", "_") for flag in given}:
             raise BadInput(f"--{min(taken)} is set by the sweep; leave it out")
         config = tyro.extras.overridable_config_cli(presets, args=[preset, *flags],
                                                     use_underscores=True)

@@ -158,6 +158,11 @@ def test_every_block_of_1000_windows_has_exactly_the_shares(corpora, tokenizer, 
         assert len({*epochs}) == len(epochs), "every epoch has an order of its own"
 
 
+def test_a_share_that_rounding_makes_none_is_refused(corpora, tokenizer):
+    with pytest.raises(ValueError, match="would never be drawn"):
+        mixture(corpora, tokenizer, [1.5, 1, 997.5])
+
+
 def test_folders_without_shares_are_one_corpus_every_document_once_an_epoch(corpora, tokenizer):
     for documents in ("first", "all"):
         batches = mixture(corpora, tokenizer, None, documents)

@@ -425,6 +425,8 @@ def test_saved_and_loaded_is_bit_for_bit_the_same(tmp_path):
         assert again.cfg == model.cfg and not again.new_keys
         for (name, a), b in zip(model.state_dict().items(), again.state_dict().values()):
             assert torch.equal(a, b), name
+    MaskedLM(small(attention="triton")).save_pretrained(tmp_path)  # as trained on CUDA
+    assert MaskedLM.from_pretrained(tmp_path).cfg.attention == "auto"
 
 
 def test_encoder_and_heads_load_from_a_masked_lm_checkpoint(tmp_path):

@@ -337,7 +337,7 @@ def test_a_folder_that_cannot_be_written_to_is_found_out_first(stand_ins, folder
     (dict(vary=("a:lr",)), "write NAME:flag=value"),
     (dict(vary=("a:lr=1", "a:lr=2")), "the same name"),
     (dict(vary=("a:seed=1",)), "--seed is set by the sweep"),
-    (dict(flags="--max_tokens 7"), "--max_tokens is set by the sweep"),
+    (dict(flags="--max-tokens 7"), "--max_tokens is set by the sweep"),
     (dict(vary=("a:seq_len=1",)), "--seq_len 1"),
     (dict(vary=("a:seq_len=64",)), "losses are on other text"),
     (dict(budgets=(1e6, 1e6)), "different whole numbers"),
