@@ -107,6 +107,8 @@ def load_teacher(cfg: TrainConfig, folder: Path | None, tokenizer: Tokenizer, da
     if teacher.cfg.padded_vocab_size != cfg.model.padded_vocab_size:
         raise ValueError(f"--teacher {folder} predicts {teacher.cfg.padded_vocab_size} entries, "
                          f"this model {cfg.model.padded_vocab_size}; give both one vocab_multiple")
+    if cfg.pairs and teacher.cfg.n_token_types < 2:
+        raise ValueError(f"--teacher {folder} knows one token type; --pairs needs two")
     if teacher.cfg.position == "learned" and cfg.seq_len > teacher.cfg.max_positions:
         raise ValueError(f"--teacher {folder} knows {teacher.cfg.max_positions} positions; "
                          f"--seq_len {cfg.seq_len} is beyond them")
@@ -117,7 +119,8 @@ def resolve_start(preset: str, cfg: TrainConfig, world_size: int = 1) -> Start:
     """What a run is and what it begins from. cfg.model gets the vocabulary of the data, or the
     shape of the weights of --start_from. ValueError (one line) for settings that cannot work, a
     folder with another run, and weights that do not go with the data."""
-    recipes.check_config(cfg, world_size)
+    no_shape_yet = replace(cfg, model=EncoderConfig()) if cfg.start_from else cfg
+    recipes.check_config(no_shape_yet, world_size)
     run = Path(cfg.out) / (cfg.name or preset)
     folders, shares = recipes.read_mixture(cfg.data)
     corpora = [Corpus(folder) for folder in folders]
@@ -153,7 +156,8 @@ def resolve_start(preset: str, cfg: TrainConfig, world_size: int = 1) -> Start:
             raise ValueError(f"{', '.join(folders)}: not the corpus that the stem was trained on")
 
     began_from, _ = earlier_weights(cfg.cooldown_from or cfg.start_from, old, "began_from")
-    taught_by, folder = earlier_weights(cfg.teacher, old or stem, "taught_by")
+    known = old or (stem if cfg.teacher == stem.get("teacher") else {})  # a branch may have another
+    taught_by, folder = earlier_weights(cfg.teacher, known, "taught_by")
     settings = asdict(cfg) | {"preset": preset, "began_from": began_from, "taught_by": taught_by}
     settings |= {"corpus": corpus_digests(corpora, old.get("corpus")), "shares": shares}
     settings = json.loads(json.dumps(settings))  # lists for tuples, as in the file

@@ -250,7 +250,8 @@ def train(preset: str, cfg: TrainConfig) -> Path:
     model.train()
     if cfg.compile == "on" or device.type == "cuda":
         compile_now(forward, model, teacher, cfg, batches, state.micro + rank, autocast)
-    clock, progress = Clock(state.train_seconds, device), recipes.share_done(cfg, state)
+    clock = Clock(state.train_seconds, device)
+    progress = min(recipes.share_done(cfg, state), 1 - 1e-9)  # time was up in a save: a step more
     while progress < 1.0:
         rate = recipes.masking_rate(cfg.masking, recipes.stem_done(state.branch, progress))
         scale = recipes.lr_scale(cfg, state.branch, progress)
@@ -262,8 +263,7 @@ def train(preset: str, cfg: TrainConfig) -> Path:
         for i in range(n_micro // world):
             m, batch = next(ahead)
             torch.manual_seed(cfg.seed * 1_000_003 + m)  # dropout depends on the micro-batch only
-            how = cfg, device, teacher, autocast
-            inputs = training_inputs(batches, m, batch, masked[m], *how)
+            inputs = training_inputs(batches, m, batch, masked[m], cfg, device, teacher, autocast)
             syncs = world == 1 or i == n_micro // world - 1
             with nullcontext() if syncs else forward.no_sync():
                 with autocast:

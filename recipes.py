@@ -151,13 +151,17 @@ def check_config(cfg: TrainConfig, world_size: int) -> None:
     else."""
     lengths = cfg.max_steps, cfg.max_tokens, cfg.max_minutes
     passes = cfg.batch_tokens / max(cfg.micro_tokens * world_size, 1)
-    lowest = dict.fromkeys(("eval_every", "checkpoint_every", "log_every", "eval_tokens"), 1e-9)
+    lowest = dict.fromkeys(("eval_every", "checkpoint_every", "log_every"), 1e-9)
     lowest |= dict.fromkeys(("seed", "lr", "muon_lr", "grad_clip", "pppl_tokens"), 0)
-    lowest["narrow_layers"] = 1
+    lowest |= dict(eps=0, weight_decay=0, final_lr=0, narrow_layers=1, eval_tokens=3)
     low = [f"--{k} {getattr(cfg, k)}" for k, least in lowest.items() if getattr(cfg, k) < least]
     odd = [f"--{k} {every}" for k in ("eval_every", "checkpoint_every")
            if (every := getattr(cfg, k)) > 1 and every % 1]
+    flags = [(k, v) for k, v in flat(asdict(cfg)).items() if isinstance(v, float)]
+    endless = [f"--{k} {v}" for k, v in flags if not math.isfinite(v)]
     for wrong, why in [
+        (endless, f"{', '.join(endless)}: no number"),
+        (not all(0 <= b < 1 for b in cfg.betas), f"--betas {cfg.betas}: give two below 1"),
         (cfg.seq_len < 3, f"--seq_len {cfg.seq_len}: [CLS], a token and [SEP] need at least 3"),
         (cfg.model.position == "learned" and cfg.seq_len > cfg.model.max_positions,
          f"--seq_len {cfg.seq_len} is beyond the {cfg.model.max_positions} learned positions; "
@@ -174,6 +178,8 @@ def check_config(cfg: TrainConfig, world_size: int) -> None:
          f"--warmup {cfg.warmup} and --cooldown {cfg.cooldown} are shares of one run"),
         (not 0 <= cfg.pairs <= 1 or (cfg.pairs and cfg.model.n_token_types < 2),
          f"--pairs {cfg.pairs}: give a share up to 1; the model needs two token types"),
+        (cfg.pairs and cfg.seq_len < 10,
+         f"--pairs {cfg.pairs}: windows have {cfg.seq_len} tokens; raise --seq_len to 10"),
         (cfg.cooldown_from and cfg.start_from,
          "--cooldown_from goes on with a run, --start_from begins one; give one of them"),
     ]:

@@ -25,7 +25,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, prepare_texts, python, refused, some_documents, wordpiece
+from conftest import (
+    ROOT,
+    prepare_texts,
+    python,
+    random_mlm,
+    refused,
+    save_checkpoint,
+    some_documents,
+    wordpiece,
+)
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -472,10 +481,16 @@ def test_time_of_evaluation_is_not_training_time(corpus_dir, tmp_path, monkeypat
 
 
 def test_a_time_budget_is_kept_and_the_schedule_follows_the_clock(corpus_dir, tmp_path):
-    run(corpus_dir, tmp_path, f"{FAST} --max_minutes 0.05 --checkpoint_every 0.25")
+    args = f"{FAST} --max_minutes 0.05 --checkpoint_every 0.25"
+    run(corpus_dir, tmp_path, args)
     train = records(tmp_path / "mosaic-tiny", "train")
     last = train[max(train)]
     assert 3.0 <= last["train_seconds"] < 4.5
+    file = find_checkpoints(tmp_path / "mosaic-tiny")[-1] / "progress.json"  # killed just before
+    file.write_text(file.read_text().replace('"finished": true', '"finished": false'))
+    run(corpus_dir, tmp_path, args)
+    assert max(records(tmp_path / "mosaic-tiny", "train")) == max(train) + 1
+    assert "is finished" in run(corpus_dir, tmp_path, args)
     half = min(train.values(), key=lambda r: abs(r["train_seconds"] - 1.5))
     assert half["lr"] / 2e-3 == pytest.approx(1 - 0.98 * (half["train_seconds"] / 3 - 0.06) / 0.94,
                                               abs=0.1)
@@ -575,6 +590,9 @@ def test_a_taught_run_resumes_bit_exactly_and_is_that_of_two_processes(stem, cor
     run(corpus_dir, tmp_path / "begun", f"{begun} {stem}")
     said = run(corpus_dir, tmp_path / "begun", f"{begun} {tmp_path}/alone/mosaic-tiny", code=1)
     assert "the run was taught by other weights than" in said, "not a name of its other weights"
+    branch = f"--cooldown_from {tmp_path}/whole/mosaic-tiny/ckpt/step_00000004 --teacher"
+    said = run(corpus_dir, tmp_path / "branch", f"{branch} {tmp_path}/alone/mosaic-tiny")
+    assert "annealing" in said, "by another teacher"
     whole, killed, two, alone = (tmp_path / k / "mosaic-tiny" for k in
                                  ("whole", "killed", "two", "alone"))
     assert_same_run(whole, killed)
@@ -888,7 +906,7 @@ def bert(tmp_path_factory) -> Path:
     wordpiece(folder / "tokenizer.json", some_documents(400), 600)
     torch.manual_seed(0)
     shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-    BertForMaskedLM(BertConfig(vocab_size=640, max_position_embeddings=64,
+    BertForMaskedLM(BertConfig(vocab_size=640, max_position_embeddings=64, type_vocab_size=1,
                                **shape)).save_pretrained(folder)
     return folder
 
@@ -940,6 +958,7 @@ def official(corpus_dir, tmp_path) -> Path:
     ("stem", "foreign", "--teacher", "trained with another tokenizer than"),
     ("stem", "own", "--model.vocab_multiple 1 --teacher", "predicts 832 entries, this model 800"),
     ("bert", "bert", "--seq_len 300 --teacher", "--seq_len 300 is beyond"),
+    ("bert", "bert", "--pairs 0.5 --teacher", "knows one token type; --pairs needs two"),
     ("no/such/folder/anywhere", "own", "", "no checkpoint here"),
 ])
 def test_weights_that_do_not_fit_the_data_are_one_line(request, corpus_dir, foreign_corpus,
@@ -972,6 +991,17 @@ def test_a_run_knows_earlier_weights(stem, corpus_dir, tmp_path, here, flag, key
         file.unlink()
     with refused("step_00000050 has no weights"):
         here(argv)
+
+
+def test_the_positions_are_those_of_the_weights(corpus_dir, tokenizer, tmp_path, here):
+    """The preset has 512."""
+    model = random_mlm(tokenizer, position="learned", max_positions=600)
+    save_checkpoint(tmp_path / "long", tokenizer, model)
+    long = "--seq_len 600 --micro_tokens 600 --batch_tokens 600 --max_steps 1"
+    here(corpus_dir, tmp_path, f"{SMALL} {long} --start_from {tmp_path}/long", preset="bert-tiny")
+    with refused("beyond the 600 learned positions"):
+        here(corpus_dir, tmp_path, f"{SMALL} {long.replace('600', '601')} --start_from "
+                                   f"{tmp_path}/long --name longer", preset="bert-tiny")
 
 
 def test_weights_from_elsewhere_go_with_another_way_to_train_them(stem, corpus_dir, tmp_path, here):
@@ -1161,6 +1191,11 @@ def test_no_step_waits_for_the_gpu(corpus_dir, tmp_path, monkeypatch, here, reci
     ("mosaic-tiny", "--eval_every 2.5", "--eval_every 2.5: give whole steps, or a share of"),
     ("mosaic-tiny", "--pppl_tokens -1", "--pppl_tokens -1: too low"),
     ("mosaic-tiny", "--pairs 0.5 --model.n_token_types 1", "--pairs 0.5: give a share up to 1"),
+    ("mosaic-tiny", "--pairs 0.5 --seq_len 9", "--pairs 0.5: windows have 9 tokens"),
+    ("mosaic-tiny", "--eval_tokens 2", "--eval_tokens 2: too low"),
+    ("mosaic-tiny", "--max_minutes nan", "--max_minutes nan: no number"),
+    ("mosaic-tiny", "--betas 0.9 1", "--betas (0.9, 1.0): give two below 1"),
+    ("mosaic-tiny", "--weight_decay -1", "--weight_decay -1.0: too low"),
 ])
 def test_bad_settings_are_one_line_and_leave_nothing(
         here, tmp_path, corpus_dir, foreign_corpus, preset, args, message):
