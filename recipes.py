@@ -161,6 +161,7 @@ def check_config(cfg: TrainConfig, world_size: int) -> None:
     endless = [f"--{k} {v}" for k, v in flags if not math.isfinite(v)]
     for wrong, why in [
         (endless, f"{', '.join(endless)}: no number"),
+        (cfg.seed >= 2**43, f"--seed {cfg.seed}: give one below 2^43"),
         (not all(0 <= b < 1 for b in cfg.betas), f"--betas {cfg.betas}: give two below 1"),
         (cfg.seq_len < 3, f"--seq_len {cfg.seq_len}: [CLS], a token and [SEP] need at least 3"),
         (cfg.model.position == "learned" and cfg.seq_len > cfg.model.max_positions,

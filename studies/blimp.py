@@ -143,6 +143,8 @@ def evaluate(run: str, checkpoint: Path, benchmark: str, pairs: list, cfg: Confi
 
 def evaluate_runs(cfg: Config) -> None:
     """Score every checkpoint asked for. ValueError (one line) for bad input."""
+    if not cfg.runs:
+        raise ValueError("give a run")
     benchmark, pairs = read_pairs(cfg.blimp_dir, cfg.pairs)
     for run in cfg.runs:
         steps = find_checkpoints(run) if cfg.checkpoints == "all" else []

@@ -108,6 +108,8 @@ def test_a_run_gets_a_record_a_checkpoint_and_bad_input_one_line(tokenizer, tmp_
         (tmp_path / "tuned", blimp, 0, "tuned does not fit this model; missing: head")]:
         with refused(message):
             main([str(path), "--blimp_dir", folder, "--pairs", str(n)])
+    with refused("give a run"):
+        main(["--blimp_dir", blimp])
 
     full = Mock(side_effect=OSError("it cannot be written"))
     monkeypatch.setattr("studies.blimp.make_folder", full)

@@ -1176,6 +1176,7 @@ def test_no_step_waits_for_the_gpu(corpus_dir, tmp_path, monkeypatch, here, reci
     ("mosaic-tiny", "--max_steps 0", "give the run a length"),
     ("mosaic-tiny", "--grad_clip -1", "--grad_clip -1.0: too low"),
     ("mosaic-tiny", "--seed -1", "--seed -1: too low"),
+    ("mosaic-tiny", f"--seed {2**43}", "give one below 2^43"),
     ("mosaic-tiny", "--narrow_layers 0", "--narrow_layers 0: too low"),
     ("mosaic-tiny", "--masking constant:2", "--masking"),
     ("mosaic-tiny", "--model.n_heads 5", "not a multiple of n_heads 5"),
