@@ -77,6 +77,8 @@ def test_mfu_is_the_share_of_the_peak():
 def test_flops_formula_gives_the_published_figure():
     mosaic = EncoderConfig(**PRESETS["mosaic-base"])
     assert flops_per_token(mosaic, 128, 0.3) == pytest.approx(736.9e6, rel=1e-3)
+    saved = 6 * 4 * 0.7 * (768**2 + 3 * 768 * 3_072)  # what is behind attention, in four layers
+    assert flops_per_token(mosaic, 128, 0.3, 5) == pytest.approx(736.9e6 - saved, rel=1e-3)
     bert = EncoderConfig(**PRESETS["bert-base"])
     assert flops_per_token(bert, 128, 0.15) == pytest.approx(545.4e6, rel=1e-3)
 

@@ -751,6 +751,8 @@ def test_a_branch_where_the_cooldown_begins_ends_with_the_weights_of_the_run_its
     for step in a:
         for k in ("tokens", "loss", "lr", "masking"):
             assert a[step][k] == pytest.approx(b[step][k], abs=1e-4), (step, k)
+    headers = [json.loads((at / "log.jsonl").read_text().split("\n")[0]) for at in (stem, folder)]
+    assert headers[0]["flops_per_token"] < headers[1]["flops_per_token"], "of its narrow layers"
     own = {"name", "cooldown_from", "began_from"}
     assert {k for k, v in settings(folder).items() if v != settings(stem)[k]} == own
     paid = read_json(stem / "ckpt/step_00000040/progress.json")
