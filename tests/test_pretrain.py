@@ -325,7 +325,8 @@ def test_paper_recipes():
         # torch's decay is lr × wd; the paper's is 1e-5 whatever the learning rate
         assert cfg.lr * cfg.weight_decay == pytest.approx(1e-5)
     nano = dict(optimizer="muon", schedule="wsd", masking="linear:0.3:0.15")
-    for size, own in {"base": {}, "tiny": dict(masking="constant:0.4", muon_lr=0.01)}.items():
+    own_tiny = dict(masking="constant:0.4", muon_lr=0.01, narrow_layers=4)
+    for size, own in {"base": {}, "tiny": own_tiny}.items():
         mosaic = presets[f"mosaic-{size}"]
         model = replace(mosaic.model, position="rope-alibi", alibi_ratio=8.0)
         assert presets[f"nano-{size}"] == replace(mosaic, model=model, **nano | own)
