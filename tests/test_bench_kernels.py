@@ -74,8 +74,7 @@ def test_flops_and_bytes_are_those_counted_by_hand():
     assert round(flops / 1e9, 1) == 25.8 and round(n_bytes / 1e6) == 403
     # 10 tokens, 4 wide, 100 entries, 3 masked
     assert pointwise_bytes(10, 4, 100, 3) == {
-        "geglu, dropout 0.1": (2 * 10 * 48, 2 * 10 * 80),
-        "masked_cross_entropy": (600, 600)}
+        "geglu, dropout 0.1": (2 * 10 * 48, 2 * 10 * 80), "masked_cross_entropy": (600, 600)}
 
 
 def test_rates_divide_by_the_slower_of_the_two_limits(capsys):

@@ -99,8 +99,7 @@ def onnx_outputs(folder: Path, *inputs: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("name", "shape"), [
     ("mosaic", {}),
     ("three-heads", dict(n_heads=3, d_model=36)),  # ALiBi's slopes for no power of two
-    ("learned", BERT),
-    ("rope", dict(position="rope-alibi", alibi_ratio=8.0)),
+    ("learned", BERT), ("rope", dict(position="rope-alibi", alibi_ratio=8.0)),
     ("ablation", BERT | dict(norm="pre", bias=False, tie_head=False, mlp="geglu")),
 ])
 def test_logits_equal_ours_padded_on_either_side_or_not(tokenizer, tmp_path, name, shape):
@@ -247,8 +246,7 @@ def test_howto_answers_questions_by_spans(exported, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_howto_learns_to_find_passages_that_share_no_word_with_the_question(
-        exported, tmp_path, monkeypatch):
+def test_howto_finds_passages_that_share_no_word_with_the_question(exported, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ("red rot green grün white weiß black schwarz blue blau brown braun", "dog hund cat "
              "katze cow kuh pig schwein sheep schaf horse pferd", "house haus street straße wood "
@@ -350,8 +348,7 @@ def test_what_only_decoders_take_is_refused_and_may_be_given_switched_off(export
     for wrong, message in (
         (dict(encoder_hidden_states=plain), "does not take encoder_hidden_states: .*None"),
         (dict(inputs_embeds=plain), "either input_ids or inputs_embeds"),
-        (dict(attention_mask=torch.ones(4, 1, 24, 24)), r"give one of \(batch, length\)"),
-    ):
+        (dict(attention_mask=torch.ones(4, 1, 24, 24)), r"give one of \(batch, length\)")):
         with pytest.raises(ValueError, match=message):
             model(batch()[0], **wrong)
 
@@ -664,12 +661,10 @@ def test_bad_input_gets_one_line_and_leaves_nothing(run, tokenizer, tmp_path):
     (other / "config.json").write_text('{"architectures": ["BertForNextSentencePrediction"]}')
     out = tmp_path / "out"
     for args, expected in (
-        ([str(tmp_path / "gone")], "gone: no checkpoint here"),
-        ([str(bare)], "no tokenizer at"),
+        ([str(tmp_path / "gone")], "gone: no checkpoint here"), ([str(bare)], "no tokenizer at"),
         ([str(small)], "was trained with another"),
         ([str(other)], "BertForNextSentencePrediction cannot be exported"),
-        ([str(run), "--bert"], "this is no BERT (position is alibi, not learned; mlp is geglu"),
-    ):
+        ([str(run), "--bert"], "this is no BERT (position is alibi, not learned; mlp is geglu")):
         with refused(expected):
             main([*args, "--out", str(out)])
     with refused("in-bert exists"):

@@ -111,7 +111,6 @@ def test_bad_input_gets_one_line(tmp_path, run):
         ([str(tmp_path / "gone"), "a [MASK]"], "gone: no checkpoint here"),
         ([str(tmp_path), "a [MASK]"], "no checkpoint"),
         ([str(run), "nothing hidden"], "no [MASK] in 'nothing hidden'"),
-        ([str(run), "a [MASK]", "--top_k", "0"], "--top_k 0"),
-    ):
+        ([str(run), "a [MASK]", "--top_k", "0"], "--top_k 0")):
         with refused(expected):
             main(args)

@@ -74,10 +74,8 @@ def run(tmp_path, tokenizer) -> Path:
 HEADERS = {
     "MNLI": "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse "
             "sentence1_parse sentence2_parse sentence1 sentence2 label1 gold_label",
-    "QQP": "id qid1 qid2 question1 question2 is_duplicate",
-    "QNLI": "index question sentence label",
-    "SST-2": "sentence label",
-    "CoLA": "source label mark sentence",
+    "QQP": "id qid1 qid2 question1 question2 is_duplicate", "QNLI": "index question sentence label",
+    "SST-2": "sentence label", "CoLA": "source label mark sentence",
     "RTE": "index sentence1 sentence2 label",
     "MRPC": "Quality,#1 ID,#2 ID,#1 String,#2 String",
     "STS-B": "index genre filename year old_index source1 source2 sentence1 sentence2 score",
@@ -529,8 +527,7 @@ def test_a_task_of_ones_own_is_named_after_its_file_or_folder(path, name):
     assert [t.name for t in finetune_glue.pick_tasks(replace(cfg, task_name="ham"))] == ["ham"]
 
 
-def test_predictions_are_written_for_unlabelled_rows_and_those_of_eval_make_the_score(
-        run, tmp_path, printed):
+def test_predictions_cover_unlabelled_rows_and_on_eval_make_the_score(run, tmp_path, printed):
     task = toy_task(tmp_path)
     texts = ["sentence", "the dog is good", "a cat was bad", "the river is good"]
     (tmp_path / "new.tsv").write_text("\n".join(texts) + "\n")
@@ -714,8 +711,7 @@ def test_finished_jobs_are_skipped_and_a_torn_line_runs_again(run, tmp_path, tok
     assert len(records(run)["toy"]) == 6
 
 
-def test_other_weights_or_another_shape_under_the_old_name_are_another_start(
-        tmp_path, tokenizer, printed):
+def test_other_weights_or_shapes_under_the_old_name_are_another_start(tmp_path, tokenizer, printed):
     write_hf_bert(tmp_path / "bert")
     args = [*toy_task(tmp_path, 40), "--seeds", "1", "--max_len", "24", *QUICK]
     foreign = tmp_path / "bert", "--hf", tmp_path / "bert", *args
@@ -769,8 +765,7 @@ def test_checkpoints_can_be_chosen(run, tmp_path, tokenizer, printed):
     assert [r["step"] for r in records(run)["toy"]] == [20, 10]
 
 
-def test_two_workers_share_the_jobs_and_end_with_the_same_numbers(
-        run, glue_dir, tmp_path, tokenizer):
+def test_two_workers_share_the_jobs_and_get_the_same_numbers(run, glue_dir, tmp_path, tokenizer):
     write_checkpoint(tmp_path / "runs/other", tokenizer, 10)
     tasks = ["--task", "RTE,MNLI,SST-2", "--glue_dir", str(glue_dir), "--seeds", "1,2", *QUICK]
     main([str(run), *tasks])
@@ -820,8 +815,7 @@ def write_hf_bert(folder: Path) -> None:
     BertForSequenceClassification(config).save_pretrained(folder)
 
 
-def test_hugging_face_bert_is_fine_tuned_by_our_model_and_by_transformers(
-        tmp_path, glue_dir, printed):
+def test_a_hugging_face_bert_is_tuned_by_our_model_and_by_transformers(tmp_path, glue_dir, printed):
     bert = str(tmp_path / "bert")
     write_hf_bert(tmp_path / "bert")
     theirs, ours = HFClassifier(bert, 2).eval(), SequenceClassifier.from_pretrained(bert)
@@ -920,8 +914,7 @@ def test_bad_files_get_one_line(run, tmp_path, monkeypatch):
         (train.replace("negative", "positive"), dev, "", "every row has the label 'positive'"),
         ("", dev, "", "train.tsv: no column sentence1+sentence2 or sentence"),
         ("sentence\tlabel\n", dev, "", "not one row"),
-        ("sentence\tlabel\n\udcff\t1\n", dev, "", "is not UTF-8 text"),
-    ):
+        ("sentence\tlabel\n\udcff\t1\n", dev, "", "is not UTF-8 text")):
         train_file.write_text(train_text, errors="surrogateescape")
         dev_file.write_text(dev_text)
         refuses(message, run, *task, *QUICK, *extra.split())
@@ -991,8 +984,7 @@ def test_whole_numbers_with_a_point_are_classes_and_blanks_in_labels_are_quoted(
         assert [data.task.labels[i] for i in data.y["dev"]] == list(map(str, dev))
 
 
-def test_a_regression_head_starts_at_the_mean_and_is_another_job_than_classes(
-        run, tmp_path, monkeypatch):
+def test_a_regression_head_starts_at_the_mean_and_is_a_job_of_its_own(run, tmp_path, monkeypatch):
     numbers = [70 + i % 5 for i in range(len(WORDS))]
     write_tsv(tmp_path / "grades/train.tsv",
               [{"sentence": w, "label": str(n)} for w, n in zip(WORDS, numbers)])

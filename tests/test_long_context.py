@@ -155,8 +155,7 @@ def test_bad_input_is_one_line_and_nothing_is_measured(
         (checkpoint, long_corpus, "--lengths 2", "--lengths of 3 or more"),
         (gone, long_corpus, "--lengths 32", "gone: no checkpoint here"),
         (checkpoint, gone, "--lengths 32", "gone holds no meta.json"),
-        (checkpoint, long_corpus, f"--lengths 32 --out {tmp_path / 'file' / 'out'}", "file/out"),
-    ):
+        (checkpoint, long_corpus, f"--lengths 32 --out {tmp_path / 'file' / 'out'}", "file/out")):
         with refused(expected):
             main([str(run), "--data", str(data), "--out", str(tmp_path / "out"), *more.split()])
     assert not (tmp_path / "out").exists()

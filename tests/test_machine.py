@@ -24,10 +24,8 @@ def test_fields_are_read_with_underscores_and_switches_only_from_their_default()
 
 
 @pytest.mark.parametrize(("args", "says"), [
-    (["x", "--lrr", "3"], ("--lrr", "--lr ")),
-    (["x", "--lr", "high"], ("--lr", "'high'")),
-    ([], ("a folder",)),
-    (["x", "--no_quick"], ("--no_quick", "--quick")),
+    (["x", "--lrr", "3"], ("--lrr", "--lr ")), (["x", "--lr", "high"], ("--lr", "'high'")),
+    ([], ("a folder",)), (["x", "--no_quick"], ("--no_quick", "--quick")),
 ])
 def test_a_wrong_flag_is_named_with_what_was_meant(args, says, capsys):
     with pytest.raises(SystemExit) as e:

@@ -156,12 +156,9 @@ def test_flat_equals_padded_on_either_side(position):
 
 
 POSITIONS = [  # settings, blind to the order of a document
-    (dict(position="alibi"), True),
-    (dict(position="alibi", alibi_ratio=8.0), False),
-    (dict(position="rope"), False),
-    (dict(position="rope-alibi", alibi_ratio=8.0), False),
-    (dict(position="learned"), False),
-]
+    (dict(position="alibi"), True), (dict(position="alibi", alibi_ratio=8.0), False),
+    (dict(position="rope"), False), (dict(position="rope-alibi", alibi_ratio=8.0), False),
+    (dict(position="learned"), False)]
 
 
 @torch.no_grad()
@@ -212,8 +209,7 @@ def test_through_narrow_layers_the_masked_go_on_and_the_others_stay_as_they_were
             x = encoder.embeddings(ids, cu)
             for i, layer in enumerate(encoder.layers):
                 x = torch.where((masked == 1) | (i == 0), layer(x, cu, S, None), x)
-            x = x[idx] if norm == "post" else encoder.final_norm(x[idx])
-            logits = model.head(x)
+            logits = model.head(x[idx] if norm == "post" else encoder.final_norm(x[idx]))
         else:
             logits = model(ids, cu_seqlens=cu, max_seqlen=S, masked_idx=idx, narrow_layers=2)
         logits.logsumexp(1).sum().backward()
@@ -233,8 +229,7 @@ def test_each_matmul_sees_real_tokens_and_the_last_ones_only_the_masked():
         model, seen = MaskedLM(small(masked_only_last_layer=masked_only)), []
         count = lambda x, *rest, seen=seen: (seen.append(len(x)), linear(x, *rest))[1]
         with patch.object(F, "linear", count):
-            model(ids, cu_seqlens=cu, max_seqlen=S, masked_idx=idx, labels=ids[idx],
-                  narrow_layers=narrow)
+            model(ids, cu_seqlens=cu, max_seqlen=S, masked_idx=idx, narrow_layers=narrow)
         assert seen == expected
 
 
@@ -387,12 +382,9 @@ def test_activation_checkpointing_recomputes_and_changes_nothing():
 @pytest.mark.parametrize(("changes", "sentence"), [
     (dict(d_model=33), "not a multiple of n_heads"),
     (dict(attention_dropout=0.1, attention="triton"), "leave attention at auto"),
-    (dict(mlp="swiglu"), "choose from geglu, gelu"),
-    (dict(mlp_dropout=1.0), "must be in"),
-    (dict(n_layers=0), "at least 1"),
-    (dict(position="learned", max_positions=0), "at least 1"),
-    (dict(alibi_ratio=0.0), "alibi_ratio is 0.0"),
-    (dict(rope_base=0.0), "rope_base is 0.0"),
+    (dict(mlp="swiglu"), "choose from geglu, gelu"), (dict(mlp_dropout=1.0), "must be in"),
+    (dict(n_layers=0), "at least 1"), (dict(position="learned", max_positions=0), "at least 1"),
+    (dict(alibi_ratio=0.0), "alibi_ratio is 0.0"), (dict(rope_base=0.0), "rope_base is 0.0"),
     (dict(position="rope", d_model=66, n_heads=2), "pairs of columns"),
 ])
 def test_invalid_combinations_are_refused_with_a_sentence(changes, sentence):
@@ -525,8 +517,7 @@ def test_missing_folders_and_files_are_named(tmp_path):
         (tmp_path, "{", r"config\.json cannot be read"),
         (tmp_path, '{"model_type": "nanomosaicbert"}', r"no model\.safetensors"),
         (tmp_path / "weights", '{"model_type": "gpt2"}', "gpt2"),
-        (tmp_path / "weights", '{"vocab_size": 9}', r"config\.json has no 'num_hidden_layers'"),
-    ):
+        (tmp_path / "weights", '{"vocab_size": 9}', r"config\.json has no 'num_hidden_layers'")):
         (folder / "config.json").write_text(config)
         with pytest.raises(ValueError, match=message):
             MaskedLM.from_pretrained(folder)

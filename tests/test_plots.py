@@ -134,9 +134,7 @@ def test_damaged_lines_are_skipped_and_counted(tmp_path, capsys):
     lines = [
         train_line(10),
         half + b'{"type": "header", "device": "a CPU"}\n',  # killed, then resumed
-        b"\x00\xff\x00\n",
-        b"[1, 2]\n",
-        b"17\n",
+        b"\x00\xff\x00\n", b"[1, 2]\n", b"17\n",
         b"\n",  # an empty line is not damage
         {"type": "train", "step": 25, "tokens": 1},  # no loss
         {"type": "train", "step": "x", "tokens": 1, "loss": 2.0},
@@ -487,8 +485,7 @@ def test_command_line_expands_patterns_and_mentions_what_it_left_out(two_runs, t
 @pytest.mark.parametrize(("args", "says"), [
     ("pareto", "no run folder and no sweep in nothing"),
     ("loss nothing/*", "no run folder and no sweep in nothing/*"),
-    ("pareto runs/bare", "nothing drawn"),
-    ("loss runs/bare", "nothing drawn"),
+    ("pareto runs/bare", "nothing drawn"), ("loss runs/bare", "nothing drawn"),
     ("ablation runs/a", "no variant in runs/a"),
     ("pareto runs/a --task WNLI", "choose one with --task: CoLA, RTE"),
     ("pareto runs/free --x dollars", "try another --x"),

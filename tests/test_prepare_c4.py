@@ -271,8 +271,7 @@ def test_the_same_text_in_every_format_gives_the_same_shards(texts, tmp_path):
     files = {
         "c.jsonl.gz": gzip.compress(data[:5000]) + gzip.compress(data[5000:]),
         "c.jsonl.zst": zstandard.compress(data[:7000]) + zstandard.compress(data[7000:]),
-        "c.ndjson.bz2": bz2.compress(data),
-        "C.JSONL.XZ": lzma.compress(data),
+        "c.ndjson.bz2": bz2.compress(data), "C.JSONL.XZ": lzma.compress(data),
         "c.json": json.dumps([{"text": text} for text in plain], indent=1).encode(),
         "c.txt": ("\n\n".join(plain) + "\n").encode()}
     for name, packed in files.items():
@@ -428,8 +427,7 @@ def test_workers_die_with_a_killed_parent_and_the_rest_is_done_later(texts, hub_
     assert content(tmp_path / "cut") == content(tmp_path / "whole")
 
 
-def test_a_complete_folder_is_left_alone_and_other_settings_are_refused(
-        jsonl, wordpiece, tmp_path, capsys):
+def test_a_complete_folder_stays_and_other_settings_are_refused(jsonl, wordpiece, tmp_path, capsys):
     config = settings(jsonl, tmp_path / "o", tokenizer=str(wordpiece))
     prepare(config)
     before = content(tmp_path / "o")
@@ -468,8 +466,7 @@ def test_a_moved_corpus_and_a_moved_folder_continue(wordpiece, texts, tmp_path, 
     assert shards(moved[2]) == shards(tmp_path / "o")
 
 
-def test_a_folder_that_cannot_be_written_to_is_found_out_first(
-        jsonl, tmp_path, monkeypatch, refusal):
+def test_a_folder_that_cannot_be_written_is_found_first(jsonl, tmp_path, monkeypatch, refusal):
     (tmp_path / "file").touch()
     monkeypatch.setattr(prepare_c4, "choose_cuts", lambda *_: pytest.fail("began to read"))
     refusal("Not a directory: ", jsonl, "--out", tmp_path / "file" / "o")
@@ -600,8 +597,7 @@ def test_reader_names_the_file_that_does_not_match(jsonl, tmp_path):
         ("meta.json", lambda _: b"{", "meta.json cannot be read"),
         ("meta.json", as_json(meta | {"format": 9}), "meta.json is of format 9"),
         ("meta.json", as_json(meta | {"shards": 3}), "meta.json is damaged"),
-        ("tokenizer.tiktoken", lambda _: b"", "tokenizer.tiktoken does not have the sha256"),
-    ]:
+        ("tokenizer.tiktoken", lambda _: b"", "tokenizer.tiktoken does not have the sha256")]:
         saved = (folder / name).read_bytes()
         (folder / name).write_bytes(change(saved))
         with pytest.raises(ValueError, match=rf"^[^\n]*{re.escape(message)}[^\n]*$"):
@@ -609,8 +605,7 @@ def test_reader_names_the_file_that_does_not_match(jsonl, tmp_path):
         (folder / name).write_bytes(saved)
     for name, message in [
         ("train_00000.bin", r"train_00000\.bin is listed in meta\.json but missing"),
-        ("meta.json", r"holds no meta\.json; `python prepare_c4.py SOURCE --out .*` prepares it"),
-    ]:
+        ("meta.json", r"holds no meta\.json; `python prepare_c4.py SOURCE --out .*` prepares it")]:
         (folder / name).unlink()
         with pytest.raises(ValueError, match=message):
             Corpus(folder)

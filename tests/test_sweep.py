@@ -332,8 +332,7 @@ def test_a_folder_that_cannot_be_written_to_is_found_out_first(stand_ins, folder
 
 @pytest.mark.parametrize(("settings", "says"), [
     (dict(presets=("mosaic-tiny", "gpt")), "no preset gpt"),
-    (dict(presets=()), "at least one preset"),
-    (dict(vary=("adamw",)), "write NAME:flag=value"),
+    (dict(presets=()), "at least one preset"), (dict(vary=("adamw",)), "write NAME:flag=value"),
     (dict(vary=("a:lr",)), "write NAME:flag=value"),
     (dict(vary=("a:lr=1", "a:lr=2")), "the same name"),
     (dict(vary=("a:seed=1",)), "--seed is set by the sweep"),
