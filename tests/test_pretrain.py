@@ -990,7 +990,7 @@ def test_the_positions_are_those_of_the_weights(corpus_dir, tokenizer, tmp_path,
     """The preset has 512."""
     model = conftest.random_mlm(tokenizer, position="learned", max_positions=600)
     conftest.save_checkpoint(tmp_path / "s", tokenizer, model)
-    args = f"{SMALL} --micro_tokens 600 --batch_tokens 600 --max_steps 1 --start_from {tmp_path}/s"
+    args = f"{SMALL} --micro_tokens 700 --batch_tokens 700 --max_steps 1 --start_from {tmp_path}/s"
     here(corpus_dir, tmp_path, f"{args} --seq_len 600", "bert-tiny")
     with refused("beyond the 600 learned positions"):
         here(corpus_dir, tmp_path, f"{args} --seq_len 601 --name longer", "bert-tiny")
