@@ -229,7 +229,8 @@ def test_each_matmul_sees_real_tokens_and_the_last_ones_only_the_masked():
         model, seen = MaskedLM(small(masked_only_last_layer=masked_only)), []
         count = lambda x, *rest, seen=seen: (seen.append(len(x)), linear(x, *rest))[1]
         with patch.object(F, "linear", count):
-            model(ids, cu_seqlens=cu, max_seqlen=S, masked_idx=idx, narrow_layers=narrow)
+            model(ids, cu_seqlens=cu, max_seqlen=S, masked_idx=idx, labels=ids[idx],
+                  narrow_layers=narrow)
         assert seen == expected
 
 

@@ -567,9 +567,8 @@ def test_resume_is_bit_exact_after_sigkill(corpus_dir, tmp_path):
 
 
 def test_a_taught_run_resumes_bit_exactly_and_is_that_of_two_processes(stem, corpus_dir, tmp_path):
-    """On pairs and with narrow layers, too."""
     args = f"{FAST} --max_steps 10 --micro_tokens 256 --lr 1e-2 --checkpoint_every 2 --eval_every 5"
-    args += " --pairs 0.5"
+    args += " --pairs 0.5"  # and NARROW, where the shape is not brought
     for name, procs in ("whole", 1), ("two", 2):
         run(corpus_dir, tmp_path / name, f"{args}{NARROW} --teacher {stem}", procs=procs)
     copy = shutil.copytree(stem, tmp_path / "copy")
